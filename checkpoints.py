@@ -1,0 +1,159 @@
+"""Files that are complete or invisible: atomic writes and the checkpoints of one (arm, seed)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
+
+from common import UserError
+
+FORMAT = "dual-objective-engrams/checkpoint/1"
+KEPT = 2
+
+
+def write_atomic(path: Path, content: bytes | Callable[[Path], None]) -> None:
+    """Write a file so that a reader, or a power cut, sees the old one or the new one, whole.
+
+    Args:
+        path: the file; its folder exists.
+        content: the bytes, or a function that writes them to the path it is given.
+    """
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        if callable(content):
+            content(temporary)
+        else:
+            temporary.write_bytes(content)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write strict JSON (no NaN) atomically."""
+    write_atomic(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
+
+class CheckpointStore:
+    """The checkpoints of one (arm, seed): `N.safetensors`, `N.state`, and last `N.json`.
+
+    The manifest N.json is readable without torch: format, identity (what must match to go on),
+    progress, and the sha256 of the two other files, which have no checksum of their own that
+    loading would check. Without its manifest a checkpoint does not exist. The newest two stay.
+
+    Args:
+        folder: of this (arm, seed); made when first saved to.
+        identity: JSON of everything that must be equal for a resumed run to be the same run.
+    """
+
+    def __init__(self, folder: Path, identity: dict) -> None:
+        self.folder, self.identity = folder, identity
+
+    def save(self, step: int, weights: dict[str, Tensor], rest: dict, progress: dict) -> None:
+        """Write the checkpoint of `step`, then drop all but the newest KEPT."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        weights_path, rest_path, manifest = self._paths(step)
+        write_atomic(weights_path, save_safetensors({k: v.contiguous() for k, v in weights.items()}))
+        write_atomic(rest_path, lambda path: torch.save(rest, path))
+        write_json(
+            manifest,
+            {
+                "format": FORMAT,
+                "step": step,
+                "identity": self.identity,
+                "progress": progress,
+                "sha256": {path.name: _sha256(path) for path in (weights_path, rest_path)},
+            },
+        )
+        for old in self._steps()[:-KEPT]:
+            for path in reversed(self._paths(old)):  # the manifest first
+                path.unlink(missing_ok=True)
+
+    def load(self) -> tuple[dict[str, Tensor], dict, dict] | None:
+        """The newest complete checkpoint: weights, rest and progress; None if there is none.
+
+        A damaged one is named on stderr and the one before it is taken.
+
+        Raises:
+            UserError: every checkpoint is damaged, or the newest is another run's.
+        """
+        if not self.folder.is_dir():
+            return None
+        for stray in self.folder.glob(".*.tmp"):
+            stray.unlink(missing_ok=True)
+        damaged = []
+        for step in reversed(self._steps()):
+            weights_path, rest_path, manifest = self._paths(step)
+            try:
+                meta = json.loads(manifest.read_text())
+                if meta.get("format") != FORMAT:
+                    raise ValueError(f"its format is {meta.get('format')!r}, not {FORMAT!r}")
+                changed = differences(meta["identity"], self.identity)
+                if not changed:
+                    for path in (weights_path, rest_path):
+                        if _sha256(path) != meta["sha256"][path.name]:
+                            raise ValueError(f"{path.name} does not match its sha256")
+                    weights = load_safetensors(weights_path.read_bytes())
+                    rest = torch.load(rest_path, weights_only=True)
+                    return weights, rest, meta["progress"]
+            except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as bad:
+                damaged.append(manifest)
+                print(f"warning: checkpoint {manifest} is damaged: {bad}", file=sys.stderr)
+                continue
+            raise UserError(
+                f"{self.folder} holds a checkpoint of another run ({'; '.join(changed)}). "
+                "Set these back, use another --out, or pass --restart to discard it."
+            )
+        if damaged:
+            raise UserError(
+                f"no checkpoint in {self.folder} is whole ({len(damaged)} damaged). "
+                "Put a good copy back, or pass --restart to train this arm from the start."
+            )
+        return None
+
+    def finished(self) -> None:
+        """Drop all but the newest checkpoint, once the arm's results are written."""
+        for step in self._steps()[:-1]:
+            for path in reversed(self._paths(step)):
+                path.unlink(missing_ok=True)
+
+    def _steps(self) -> list[int]:
+        names = [path.stem for path in self.folder.glob("*.json")]
+        return sorted(int(name) for name in names if name.isdigit())
+
+    def _paths(self, step: int) -> tuple[Path, Path, Path]:
+        stem = f"{step:08d}"
+        return tuple(self.folder / f"{stem}.{end}" for end in ("safetensors", "state", "json"))
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """`key old -> new` for every key whose value differs, in order of name."""
+    keys = sorted(old.keys() | new.keys())
+    return [f"{k} {old.get(k)} -> {new.get(k)}" for k in keys if old.get(k) != new.get(k)]
+
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

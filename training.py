@@ -1,0 +1,413 @@
+"""Seeds, the step, fit and evaluate; knows no backbone by name."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common import (
+    Batch,
+    Outputs,
+    StudyModel,
+    UserError,
+    classification_loss,
+    feedback_partners,
+    lm_loss,
+    mean_pool,
+)
+from data import Encoded, batch_order, eval_order
+
+EVAL_MODES = ("zero", "own", "shuffled", "mean", "no_prefix")
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient that is not finite; the step was not taken."""
+
+
+class Interrupted(Exception):
+    """Training was asked to stop; `saved` names the step that a rerun continues from."""
+
+    def __init__(self, reason: str, saved: int | None = None) -> None:
+        super().__init__(reason)
+        self.reason, self.saved = reason, saved
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an arm is trained.
+
+    `schedule` "cosine-epoch" sets the rate once an epoch, lr (1 + cos(pi e / epochs)) / 2 (published
+    small recipe); "cosine" every step after a linear warm-up (published 7B recipe). `window` is
+    how many batches are sorted by length together; 0 keeps the random order.
+    """
+
+    epochs: int
+    lr: float
+    weight_decay: float
+    batch_size: int
+    clip: float
+    schedule: str
+    warmup: float = 0.0
+    window: int = 50
+    eval_tokens: int = 8000
+    lm_chunk: int = 256
+    lm_dtype: str = "bfloat16"
+
+    def learning_rate(self, step: int, steps_per_epoch: int) -> float:
+        """The rate of optimizer step `step` (from 0): a pure function, so no scheduler is saved."""
+        if self.schedule == "cosine-epoch":
+            return self.lr * 0.5 * (1 + math.cos(math.pi * (step // steps_per_epoch) / self.epochs))
+        total = steps_per_epoch * self.epochs
+        warm = math.ceil(self.warmup * total)
+        if step < warm:
+            return self.lr * step / max(1, warm)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+
+
+def derive_seed(seed: int, purpose: str) -> int:
+    """A 63-bit seed of its own for each purpose ("initialisation", "dropout", ...) of a run's seed."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:8], "big") >> 1
+
+
+def seed_everything(seed: int, purpose: str) -> None:
+    """Seed torch's generators (all devices); nothing else here draws from a global generator."""
+    torch.manual_seed(derive_seed(seed, purpose))
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Sums over a batch: classification (nats), texts, next token (nats), targets, correct."""
+
+    cls: Tensor
+    texts: int
+    lm: Tensor
+    targets: int
+    correct: Tensor
+
+
+def forward_passes(model: StudyModel, batch: Batch) -> list[tuple[Batch, Outputs]]:
+    """Run a batch as the arm's feedback rule says; one entry per pass.
+
+    "next", "detached", "same_class": the first half with a zero engram, the second with the first
+    half's engrams. "self": every text twice, with a zero engram and then with its own. "off": zero
+    engrams. Without a prefix position: once.
+    """
+    feedback = model.arm.feedback
+    if not model.arm.has_prefix or feedback == "off":
+        return [(batch, model(batch, model.zero_engram(batch)))]
+    if feedback == "self":
+        first = model(batch, model.zero_engram(batch))
+        return [(batch, first), (batch, model(batch, first.engram))]
+    first_texts, second_texts, source = feedback_partners(feedback, batch.labels)
+    first_batch = batch.take(first_texts)
+    first = model(first_batch, model.zero_engram(first_batch))
+    if not len(second_texts):
+        return [(first_batch, first)]
+    engrams = first.engram.detach() if feedback == "detached" else first.engram
+    engrams = engrams[source.clamp_min(0)] * (source >= 0).unsqueeze(1)
+    second_batch = batch.take(second_texts)
+    return [(first_batch, first), (second_batch, model(second_batch, engrams))]
+
+
+def batch_losses(
+    model: StudyModel, passes: list[tuple[Batch, Outputs]], recipe: Recipe, dtype: torch.dtype
+) -> Losses:
+    """Sum the losses of the passes of one batch; the LM loss only if the arm trains it."""
+    cls = [classification_loss(out.logits, batch.labels) for batch, out in passes]
+    device = cls[0].total.device
+    lm = []
+    if model.arm.lm_weight:
+        matrix = model.backbone.unembedding
+        lm = [lm_loss(out.hidden, b, matrix, recipe.lm_chunk, dtype) for b, out in passes]
+    correct = [(out.logits.argmax(1) == batch.labels).sum() for batch, out in passes]
+    return Losses(
+        cls=sum(part.total for part in cls),
+        texts=sum(part.count for part in cls),
+        lm=sum((part.total for part in lm), torch.zeros((), device=device)),
+        targets=sum(part.count for part in lm),
+        correct=sum(correct),
+    )
+
+
+def weighted_loss(model: StudyModel, losses: Losses) -> Tensor:
+    """cls_weight * mean over texts + lm_weight * mean over target tokens of the whole batch.
+
+    A batch of one-token texts has no target: its LM term is 0, not 0 / 0.
+    """
+    arm = model.arm
+    lm = losses.lm / max(1, losses.targets)
+    return arm.cls_weight * losses.cls / losses.texts + arm.lm_weight * lm
+
+
+@dataclass
+class Totals:
+    """What an epoch has seen so far; saved with a checkpoint."""
+
+    cls: float = 0.0
+    lm: float = 0.0
+    correct: int = 0
+    texts: int = 0
+    targets: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, losses: Losses, tokens: int) -> None:
+        self.cls += float(losses.cls.detach())
+        self.lm += float(losses.lm.detach())
+        self.correct += int(losses.correct)
+        self.texts += losses.texts
+        self.targets += losses.targets
+        self.tokens += tokens
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """accuracy in 0..1, cls_loss in nats per text, lm_loss in nats per target token or None."""
+
+    accuracy: float
+    cls_loss: float
+    lm_loss: float | None
+    features: dict[str, np.ndarray] | None = None
+
+    def scores(self) -> dict[str, float | None]:
+        return {"accuracy": self.accuracy, "cls_loss": self.cls_loss, "lm_loss": self.lm_loss}
+
+
+@torch.no_grad()
+def evaluate(
+    model: StudyModel,
+    data: Encoded,
+    recipe: Recipe,
+    engrams: Tensor | None = None,
+    prefix: bool = True,
+    collect: tuple[str, ...] = (),
+    check_stop: Callable[[], None] = lambda: None,
+) -> Evaluation:
+    """Score a split without gradients, in float32, by length-sorted batches.
+
+    Args:
+        model: any arm's model.
+        data: the split, N texts.
+        recipe: eval_tokens bounds a batch.
+        engrams: (N, E) prefixes, one per text; None: the zero engram (headline, as published).
+        prefix: False leaves the prefix position out (an arm with a prefix only).
+        collect: names among pooled, intermediate, engram, logits, layers to return as features, in
+            the split's order.
+        check_stop: called between batches; may raise Interrupted.
+    Returns:
+        Evaluation; features[name] is (N, ...) float32, layers (N, layers + 1, H).
+    """
+    model.eval()
+    totals, parts, order = Totals(), {name: [] for name in collect}, []
+    device = next(model.parameters()).device
+    for items in eval_order(data.lengths, recipe.eval_tokens):
+        check_stop()
+        batch = data.batch(items).to(device)
+        own = model.zero_engram(batch) if engrams is None else engrams[batch.items]
+        layers: list[Tensor] | None = [] if "layers" in collect else None
+        out = model(batch, own if prefix else None, layers)
+        totals.add(batch_losses(model, [(batch, out)], recipe, torch.float32), len(batch.tokens))
+        order.append(items)
+        for name in collect:
+            value = getattr(out, name, None)
+            if name == "layers":
+                value = torch.stack([mean_pool(layer, batch) for layer in layers], 1)
+            if value is not None:
+                parts[name].append(value.float().cpu().numpy())
+    back = np.argsort(np.concatenate(order))
+    features = {name: np.concatenate(rows)[back] for name, rows in parts.items() if rows}
+    return Evaluation(
+        accuracy=totals.correct / totals.texts,
+        cls_loss=totals.cls / totals.texts,
+        lm_loss=totals.lm / totals.targets if totals.targets else None,
+        features=features or None,
+    )
+
+
+def evaluate_modes(
+    model: StudyModel, data: Encoded, recipe: Recipe, zero: Evaluation, seed: int
+) -> dict[str, dict[str, float | None]]:
+    """Score an arm with a prefix under every engram of EVAL_MODES (control A9).
+
+    Args:
+        zero: the evaluation under the zero engram, with its engrams collected.
+        seed: of the permutation of the shuffled mode.
+    """
+    device = next(model.parameters()).device
+    own = torch.from_numpy(zero.features["engram"]).to(device)
+    shuffled = own[torch.from_numpy(np.random.default_rng(seed).permutation(len(own)))]
+    mean = own.mean(0, keepdim=True).expand_as(own)
+    scores = {"zero": zero.scores()}
+    for name, engrams in (("own", own), ("shuffled", shuffled), ("mean", mean)):
+        scores[name] = evaluate(model, data, recipe, engrams).scores()
+    scores["no_prefix"] = evaluate(model, data, recipe, prefix=False).scores()
+    return scores
+
+
+@dataclass
+class Progress:
+    """Where a fit stands; with the weights, optimizer and generator state it is all of it."""
+
+    epoch: int = 0  # epochs finished
+    batch: int = 0  # batches of the current epoch done
+    totals: Totals = field(default_factory=Totals)
+    epochs: list[dict] = field(default_factory=list)  # finished epochs' records
+
+    def to_json(self) -> dict:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, saved: dict) -> Progress:
+        return cls(**{**saved, "totals": Totals(**saved["totals"])})
+
+
+class Fit:
+    """One (arm, seed) being trained; `state()` and `restore()` make it resumable at any step.
+
+    The data order is a pure function of (seed, epoch) and the rate one of the step, so weights,
+    optimizer, generator state and Progress are all there is to save.
+    """
+
+    def __init__(
+        self, model: StudyModel, recipe: Recipe, train: Encoded, evaluation: Encoded, seed: int
+    ) -> None:
+        if len(train) < recipe.batch_size:
+            raise UserError(
+                f"{len(train)} training rows < batch {recipe.batch_size}. "
+                f"Pass --batch-size {max(2, len(train) // 2)} or more data."
+            )
+        self.model, self.recipe, self.seed = model, recipe, seed
+        self.train_data, self.eval_data = train, evaluation
+        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
+        )
+        self.progress = Progress()
+        self.steps_per_epoch = -(-len(train) // recipe.batch_size)
+        self.device = next(model.parameters()).device
+        seed_everything(seed, "dropout")
+
+    @property
+    def step_number(self) -> int:
+        return self.progress.epoch * self.steps_per_epoch + self.progress.batch
+
+    @property
+    def total_steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+    @property
+    def epochs(self) -> int:
+        return self.recipe.epochs if self.model.arm.train else 0
+
+    def state(self) -> tuple[dict[str, Tensor], dict, dict]:
+        """Weights by name; optimizer and generator state; Progress as JSON."""
+        weights = {name: p.detach().cpu() for name, p in self.parameters.items()}
+        rest = {"optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            rest["cuda_rng"] = torch.cuda.get_rng_state_all()
+        return weights, rest, self.progress.to_json()
+
+    @torch.no_grad()
+    def restore(self, weights: dict[str, Tensor], rest: dict, progress: dict) -> None:
+        """Go on from what `state` returned; raises ValueError if the weights are another model's."""
+        shapes = {name: p.shape for name, p in self.parameters.items()}
+        if {name: w.shape for name, w in weights.items()} != shapes:
+            raise ValueError("the checkpoint's weights do not fit this model")
+        for name, parameter in self.parameters.items():
+            parameter.copy_(weights[name])
+        self.optimizer.load_state_dict(rest["optimizer"])
+        torch.set_rng_state(rest["rng"])
+        if "cuda_rng" in rest and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(rest["cuda_rng"])
+        self.progress = Progress.from_json(progress)
+
+    def step(self, batch: Batch) -> None:
+        """One optimizer step; raises NonFiniteError before the weights can take a bad one."""
+        rate = self.recipe.learning_rate(self.step_number, self.steps_per_epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        passes = forward_passes(self.model, batch)
+        losses = batch_losses(self.model, passes, self.recipe, getattr(torch, self.recipe.lm_dtype))
+        loss = weighted_loss(self.model, losses)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.recipe.clip)
+        if not (torch.isfinite(loss) and torch.isfinite(norm)):
+            raise NonFiniteError(
+                f"{self.model.arm.name}, seed {self.seed}, step {self.step_number}: loss {loss:.4g} "
+                f"(classification {losses.cls:.4g} / {losses.texts} texts, next token "
+                f"{losses.lm:.4g} / {losses.targets} targets), gradient norm {norm:.4g}, rate "
+                f"{rate:.3g}, training rows {batch.items.tolist()}. The weights before it are kept."
+            )
+        self.optimizer.step()
+        self.progress.totals.add(losses, len(batch.tokens))
+
+    def run(
+        self,
+        save: Callable[[Fit], None],
+        report: Callable[[Fit, str], None],
+        check_stop: Callable[[], None],
+        save_every: float = 120.0,
+    ) -> None:
+        """Train what is left, evaluating and saving at every epoch's end.
+
+        Args:
+            save: called every `save_every` seconds, at every epoch's end and before stopping.
+            report: called after every step ("step") and epoch ("epoch").
+            check_stop: raises Interrupted when asked to stop; called at every step.
+        """
+        saved_at = time.monotonic()
+        progress = self.progress
+        while progress.epoch < self.epochs:
+            self.model.train()
+            order = batch_order(
+                self.train_data.lengths,
+                self.recipe.batch_size,
+                derive_seed(self.seed, "order"),
+                progress.epoch,
+                self.recipe.window,
+            )
+            try:
+                while progress.batch < len(order):
+                    check_stop()
+                    started = time.perf_counter()
+                    batch = self.train_data.batch(order[progress.batch]).to(self.device)
+                    self.step(batch)
+                    progress.batch += 1
+                    progress.totals.seconds += time.perf_counter() - started
+                    report(self, "step")
+                    if time.monotonic() - saved_at > save_every:
+                        save(self)
+                        saved_at = time.monotonic()
+                result = evaluate(
+                    self.model, self.eval_data, self.recipe, check_stop=check_stop
+                )
+            except Interrupted as stop:
+                save(self)
+                stop.saved = self.step_number
+                raise
+            totals = progress.totals
+            progress.epochs.append(
+                {
+                    "epoch": progress.epoch + 1,
+                    "train_accuracy": totals.correct / totals.texts,
+                    "train_cls_loss": totals.cls / totals.texts,
+                    "train_lm_loss": totals.lm / totals.targets if totals.targets else None,
+                    "eval_accuracy": result.accuracy,
+                    "eval_cls_loss": result.cls_loss,
+                    "eval_lm_loss": result.lm_loss,
+                    "train_seconds": totals.seconds,
+                    "train_tokens": totals.tokens,
+                }
+            )
+            progress.epoch, progress.batch, progress.totals = progress.epoch + 1, 0, Totals()
+            save(self)
+            saved_at = time.monotonic()
+            report(self, "epoch")
