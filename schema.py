@@ -1,0 +1,184 @@
+"""What a results folder holds: its schema, and its files read and replaced.
+
+Needs neither torch nor matplotlib, so that a checkout can be checked in a second.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+
+KEYS = {"small": "results", "7b": "results_7b", "agnews": "results_agnews"}
+COSTS = ("published_seconds", "ours_seconds", "ratio", "published_peak_mb", "ours_peak_mb")
+
+
+class ReportError(ValueError):
+    """A document or results folder that cannot be used: one line, with what to do."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A results folder: its path and its two JSON files, None where there is none."""
+
+    path: Path
+    results: dict | None
+    published: dict | None
+
+
+def _number(x) -> bool:
+    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _fraction(x) -> bool:
+    return _number(x) and 0 <= x <= 1
+
+
+def _positive(x) -> bool:
+    return _number(x) and x >= 0
+
+
+def _count(x) -> bool:
+    return _positive(x) and isinstance(x, int)
+
+
+_EVALUATION = {"accuracy": _fraction, "cls_loss": _positive, "lm_loss": (_positive,)}
+_RUN = {
+    "parameters_trainable": _count,
+    "parameters_total": _count,
+    "epochs": [
+        {
+            **dict.fromkeys(("epoch", "train_tokens"), _count),
+            **dict.fromkeys(("train_accuracy", "eval_accuracy"), _fraction),
+            **dict.fromkeys(("train_cls_loss", "eval_cls_loss", "train_seconds"), _positive),
+            **dict.fromkeys(("train_lm_loss", "eval_lm_loss"), (_positive,)),
+        }
+    ],
+    "final": {**_EVALUATION, "predictions_ari": _number, "modes": {"*": _EVALUATION}},
+    "engram": (
+        {
+            **dict.fromkeys(("ari", "ami", "excess_ari"), _number),
+            # null where a class has no pair of items
+            **dict.fromkeys(("cosine_within", "cosine_between"), (_number,)),
+            **dict.fromkeys(("centred_cosine_within", "centred_cosine_between"), (_number,)),
+            "cluster_accuracy": _fraction,
+            "mapping": {"*": _count},
+            "recall_per_class": [_fraction],
+            "train_fitted": {"ari": _number, "cluster_accuracy": _fraction},
+        },
+    ),
+}
+SCHEMA = {
+    "schema_version": lambda x: x == 1,
+    **dict.fromkeys(("experiment", "backbone", "fingerprint"), str),
+    "dataset": {
+        **dict.fromkeys(("name", "slug", "source", "eval_split", "sha256"), str),
+        **dict.fromkeys(("train_rows", "eval_rows"), _count),
+        "classes": [str],
+        "notes": [str],
+        "own": bool,
+    },
+    "config": dict,
+    "provenance": {
+        "commit": (str,),
+        "dirty": (bool,),
+        "argv": [str],
+        "versions": {"*": (str,)},
+        "hardware": dict,
+        "started": str,
+        "wall_seconds": _positive,
+    },
+    "rows": {"*": {"*": _RUN}},
+    "analysis": dict,
+}
+BENCHMARK_SCHEMA = {
+    "machine": str,
+    "date": str,
+    "rounds": _count,
+    "rows": [{"arm": str, **dict.fromkeys(COSTS, _positive)}],
+}
+
+
+def mismatches(value, spec, where: str) -> Iterator[str]:
+    """Yield a line for each place where a JSON value departs from a spec.
+
+    A spec is a type, a predicate, [spec of each element], {key: spec} or {"*": spec of every
+    value} (further keys are free), or (spec,): that or null.
+    """
+    if isinstance(spec, tuple):
+        if value is not None:
+            yield from mismatches(value, spec[0], where)
+    elif isinstance(spec, type) or not callable(spec):
+        kind = spec if isinstance(spec, type) else type(spec)
+        if not isinstance(value, kind):
+            yield f"{where} is {str(value)[:40]!r}, expected a {kind.__name__}"
+        elif isinstance(spec, list):
+            for index, element in enumerate(value):
+                yield from mismatches(element, spec[0], f"{where}[{index}]")
+        elif isinstance(spec, dict):
+            for key, part in spec.items():
+                if key != "*" and key not in value:
+                    yield f"{where}.{key} is missing"
+                for name in value if key == "*" else {key} & value.keys():
+                    yield from mismatches(value[name], part, f"{where}.{name}")
+    elif not spec(value):
+        expected = spec.__name__.strip("_").replace("<lambda>", "known value")
+        yield f"{where} is {str(value)[:40]!r}, expected a {expected}"
+
+
+def read_json(path: Path) -> dict | None:
+    """A JSON file without NaN or Infinity; None if there is no such file."""
+
+    def refuse(token: str):
+        raise ReportError(f"{path} holds {token}, which is not JSON. Write null for it.")
+
+    try:
+        return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    except FileNotFoundError:
+        return None
+    except json.JSONDecodeError as error:
+        raise ReportError(f"{path} is not JSON ({error}). Restore it or run again.") from None
+
+
+def read_study(folder: Path) -> Study:
+    """The study in a folder."""
+    results, published = (read_json(folder / f"{name}.json") for name in ("results", "published"))
+    return Study(folder, results, published)
+
+
+def read_studies(root: Path) -> dict[str, Study]:
+    """Every study by key: the three of KEYS, measured or not, and measured subfolders."""
+    found = {}
+    for key, name in KEYS.items():
+        found[key] = read_study(root / name)
+        for path in sorted((root / name).glob("*/results.json")):
+            found[f"{key}/{path.parent.name}"] = read_study(path.parent)
+    return found
+
+
+def features_of(folder: Path) -> Mapping:
+    """Arrays of features.npz by key, each read when asked for; empty if there is no file."""
+    path = folder / "features.npz"
+    try:
+        return np.load(path) if path.exists() else {}
+    except (BadZipFile, ValueError, EOFError) as error:
+        raise ReportError(f"{path} is damaged ({error}). Restore it or run again.") from None
+
+
+def write(path: Path, content: bytes) -> None:
+    """Replace a file by content in one step: a reader sees the old file or the new one."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

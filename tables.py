@@ -1,0 +1,310 @@
+"""Every number the documents show, by name, and the tables made of them.
+
+Nothing here reads a file: `values` turns results.json, published.json and the benchmark's JSON into
+texts, and `table` puts those texts into markdown.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import t as student
+
+from schema import COSTS, KEYS, ReportError, Study
+
+MAIN_ARMS = ("classification", "dual", "dual_engram")
+TITLES = {  # as common.ARMS, which would load torch
+    "classification": "Model 1: classification",
+    "dual": "Model 2: + next token",
+    "dual_engram": "Model 3: + engram",
+    "classification_engram": "Model 1 + engram, no LM",
+    "dual_engram_self": "Model 3, own engram fed back",
+    "dual_engram_same_class": "Model 3, same-class engram",
+    "dual_engram_off": "Model 3, zero engram",
+    "dual_engram_detached": "Model 3, detached engram",
+    "lm_only_engram": "LM + engram, no labels",
+    "published_small": "Published protocol",
+    "untrained": "Untrained",
+}
+# the published small study's one compressor belongs to its Model 3, whose protocol this arm repeats
+PUBLISHED_AS = {"published_small": "dual_engram"}
+MISSING = "not measured"
+NONE = "-"  # the figure does not exist
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Mean over n seeds with its 95 % Student t interval; low and high are None for one seed."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+    def __str__(self) -> str:
+        if self.low is None:
+            return f"{self.mean:.3f} (n = {self.n})"
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}] ({self.n} seeds)"
+
+
+def interval(values: list[float]) -> Interval:
+    """Mean and 95 % Student t interval of one value a seed."""
+    mean, n = float(np.mean(values)), len(values)
+    if n < 2:
+        return Interval(mean, None, None, n)
+    half = float(student.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
+    return Interval(mean, mean - half, mean + half, n)
+
+
+def title_of(arm: str) -> str:
+    """What figures and tables call an arm."""
+    return TITLES.get(arm, arm.replace("_", " "))
+
+
+def subject(results: Mapping) -> str:
+    """Data set, its sizes and the backbone, as every figure and table says them."""
+    data = results["dataset"]
+    foreign = "" if data["own"] else " (not the study's data set)"
+    items = f"{data['eval_rows']:,} {data['eval_split']} items"
+    rows = f"{data['train_rows']:,} training texts"
+    return f"{data['name']}{foreign}: {items}, {rows}; {results['backbone']}"
+
+
+def is_comparable(results: Mapping, published: Mapping | None) -> bool:
+    """Whether published figures are of this data set and this backbone."""
+    if not published or not results["dataset"]["own"]:
+        return False
+    backbone = published["protocol"].get("backbone", "from scratch")
+    return backbone.split("/")[-1] in results["backbone"]
+
+
+METRICS = {
+    **{name: ("final", name) for name in ("accuracy", "cls_loss", "lm_loss", "predictions_ari")},
+    "train_accuracy": ("epochs", -1, "train_accuracy"),
+    **{
+        name: ("engram", name)
+        for name in (
+            *("ari", "ami", "excess_ari", "cluster_accuracy"),
+            *("cosine_within", "cosine_between"),
+            *("centred_cosine_within", "centred_cosine_between"),
+        )
+    },
+    "train_fitted_ari": ("engram", "train_fitted", "ari"),
+    **{
+        f"{mode}_{name}": ("final", "modes", mode, name)
+        for mode in ("zero", "own", "shuffled", "mean", "no_prefix")
+        for name in ("accuracy", "lm_loss")
+    },
+}
+
+
+def values(studies: Mapping[str, Study], benchmark: Mapping | None) -> dict[str, str]:
+    """Every number the documents can show, as text, by name.
+
+    KEY.ARM.METRIC: mean, interval and seeds of ours. KEY.published.ARM.FIELD: as published, a
+    curve's last epoch; `best` is its best. KEY.eval_rows, KEY.train_rows. KEY.analysis.PATH.
+    benchmark-small.ARM.FIELD. Where a metric does not apply to an arm the text is NONE.
+    """
+    out = {}
+    for key, study in studies.items():
+        out |= {f"{key}.{name}": text for name, text in _measured(study.results).items()}
+        if not study.results or is_comparable(study.results, study.published):
+            published = _published(study.published or {})
+            out |= {f"{key}.published.{name}": text for name, text in published.items()}
+    for row in (benchmark or {}).get("rows", []):
+        out |= {f"benchmark-small.{row['arm']}.{name}": f"{row[name]:,.1f}" for name in COSTS}
+    return out
+
+
+def _measured(results: Mapping | None) -> dict[str, str]:
+    out, rows = {}, results["rows"] if results else {}
+    for arm in dict.fromkeys((*MAIN_ARMS, *rows)):
+        runs = list(rows.get(arm, {}).values())
+        absent = NONE if runs else MISSING
+        for name, path in METRICS.items():
+            found = [x for run in runs if (x := _dig(run, path)) is not None]
+            out[f"{arm}.{name}"] = str(interval(found)) if found else absent
+        for name in ("parameters_trainable", "parameters_total"):
+            out[f"{arm}.{name}"] = f"{runs[0][name]:,}" if runs else MISSING
+    for name in ("train_rows", "eval_rows"):
+        out[name] = f"{results['dataset'][name]:,}" if results else MISSING
+    return out | dict(_flat(results["analysis"], "analysis") if results else ())
+
+
+def _published(published: Mapping) -> dict[str, str]:
+    out, arms = {}, published.get("arms", {})
+    for arm, fields in arms.items():
+        last = {name: x[-1] if isinstance(x, list) else x for name, x in fields.items()}
+        out |= dict(_flat(last, arm, "{:,}".format))
+        if curve := fields.get("val_accuracy"):
+            out[f"{arm}.best"] = str(max(curve))
+    ranks = published.get("effective_rank", {})
+    return out | dict(_flat(ranks, "effective_rank", "{:,}".format))
+
+
+def _dig(value, path: tuple):
+    for key in path:
+        try:
+            value = value[key]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return value
+
+
+def _text(x: float) -> str:
+    if isinstance(x, int):
+        return f"{x:,}"
+    return f"{x:.1e}" if 0 < abs(x) < 0.0005 else f"{x:.3f}"
+
+
+def _flat(value, name: str, text: Callable = _text) -> Iterator[tuple[str, str]]:
+    """(name, text) of every leaf below a JSON value; {mean, low, high, n_seeds} is one leaf.
+
+    An element of a list is named by its `id`, or by its control, name, arm and representation, or
+    where that does not tell all elements apart by its position.
+    """
+    if isinstance(value, list):
+        parts = dict(zip(map(_label, value), value, strict=True))
+        value = parts if len(parts) == len(value) and None not in parts else dict(enumerate(value))
+    if isinstance(value, dict) and value.get("mean") is not None and "low" in value:
+        low, high, seeds = value["low"], value.get("high"), value.get("n_seeds") or 1
+        yield name, str(Interval(value["mean"], low, high, seeds))
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from _flat(part, f"{name}.{str(key).replace(' ', '_')}", text)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield name, text(value)
+    else:
+        yield name, str(value)
+
+
+def _label(element) -> str | None:
+    if not isinstance(element, dict):
+        return None
+    parts = [element.get(key) for key in ("control", "name", "arm", "representation")]
+    return element.get("id") or "/".join(filter(None, parts)) or None
+
+
+_ACCURACY = (
+    ("ours, last epoch", "{arm}.accuracy"),
+    ("ours, in training", "{arm}.train_accuracy"),
+)
+_PUBLISHED = (
+    ("published, best epoch", "published.{theirs}.best"),
+    ("published, last epoch", "published.{theirs}.val_accuracy"),
+)
+_CLUSTERS = (
+    ("ARI", "{arm}.ari"),
+    ("prediction ARI", "{arm}.predictions_ari"),
+    ("excess ARI", "{arm}.excess_ari"),
+    ("cluster accuracy", "{arm}.cluster_accuracy"),
+)
+KINDS = {
+    "accuracy": (*_PUBLISHED, *_ACCURACY),
+    "engram": (
+        ("published ARI", "published.{theirs}.ari"),
+        ("published cluster accuracy", "published.{theirs}.cluster_accuracy"),
+        ("published cosine within", "published.{theirs}.cosine_within"),
+        ("published cosine between", "published.{theirs}.cosine_between"),
+        *_CLUSTERS,
+        ("cosine within", "{arm}.cosine_within"),
+        ("cosine between", "{arm}.cosine_between"),
+    ),
+    "parameters": (
+        ("published", "published.{theirs}.parameters"),
+        ("trained", "{arm}.parameters_trainable"),
+        ("total", "{arm}.parameters_total"),
+    ),
+    "losses": (
+        ("published LM loss", "published.{theirs}.val_lm_loss"),
+        ("classification loss", "{arm}.cls_loss"),
+        ("LM loss", "{arm}.lm_loss"),
+    ),
+    "modes": tuple(
+        (mode.replace("_", " "), f"{{arm}}.{mode}_accuracy")
+        for mode in ("zero", "own", "shuffled", "mean", "no_prefix")
+    ),
+    "arms": (*_ACCURACY, *_CLUSTERS),
+}
+_NAME = re.compile(rf"((?:{'|'.join(KEYS)})(?:/\S+)?)-({'|'.join(KINDS)}|provenance)")
+
+
+def table(
+    name: str, studies: Mapping[str, Study], shown: Mapping[str, str], benchmark: Mapping | None
+) -> str:
+    """A named table as markdown, under a line that says what was measured on what.
+
+    Rows and columns that would hold nothing are left out; a study without results keeps its
+    published columns beside one that says so.
+
+    Args:
+        name: KEY-KIND, KEY-provenance or benchmark-small.
+        shown: what `values` returned for the same studies and benchmark.
+    Raises:
+        ReportError: the name means no table.
+    """
+    if name == "benchmark-small":
+        return _benchmark(shown, benchmark)
+    if not (parts := _NAME.fullmatch(name)):
+        known = f"KEY-KIND, KEY {' '.join(KEYS)} or KEY/FOLDER, KIND {' '.join(KINDS)} provenance"
+        raise ReportError(f"there is no table {name!r}. Expected benchmark-small or {known}.")
+    key, kind = parts.groups()
+    results = studies[key].results if key in studies else None
+    if kind == "provenance":
+        return _provenance(results) if results else f"{MISSING.capitalize()}.\n"
+    measured, columns = results["rows"] if results else {}, KINDS[kind]
+    rows = ["dual_engram"] if kind == "engram" else list(MAIN_ARMS)
+    rows += [arm for arm in measured if kind == "arms" or arm in PUBLISHED_AS]
+    if results:
+        caption = f"{subject(results)}; ours: mean [95 % Student t interval] (seeds)."
+    else:
+        caption = f"This project's run: {MISSING}."
+        columns = (*(c for c in columns if c[1].startswith("published.")), ("ours", "-"))
+    cells = {}
+    for arm in rows:
+        names = {"arm": arm, "theirs": PUBLISHED_AS.get(arm, arm)}
+        cells[arm] = [shown.get(f"{key}.{path.format(**names)}", NONE) for _, path in columns]
+    if not results:
+        cells = {arm: [*line[:-1], MISSING] for arm, line in cells.items()}
+    cells = {arm: line for arm, line in cells.items() if set(line) - {NONE, MISSING}}
+    kept = [i for i in range(len(columns)) if any(line[i] != NONE for line in cells.values())]
+    header = ["arm", *(columns[i][0] for i in kept)]
+    body = [[title_of(arm), *(line[i] for i in kept)] for arm, line in cells.items()]
+    return f"{caption}\n" + (f"\n{_markdown(header, body)}" if body else "")
+
+
+def _markdown(header: list[str], rows: Iterable[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _provenance(results: Mapping) -> str:
+    run = results["provenance"]
+    dirty = " with uncommitted changes" if run["dirty"] else ""
+    seconds = run["wall_seconds"]
+    hours, minutes = divmod(round(seconds / 60), 60)
+    short = f"{minutes} min" if minutes > 1 else f"{seconds:.0f} s"
+    rows = [
+        ["commit", f"`{(run['commit'] or 'none')[:12]}`{dirty}"],
+        ["command", f"`{' '.join(run['argv'])}`"],
+        ["started", run["started"]],
+        ["wall time", f"{hours} h {minutes} min" if hours else short],
+        ["hardware", "; ".join(f"{k}: {v}" for k, v in run["hardware"].items())],
+        ["versions", ", ".join(f"{k} {v}" for k, v in run["versions"].items())],
+    ]
+    return f"{subject(results)}\n\n{_markdown(['', 'run'], rows)}"
+
+
+def _benchmark(shown: Mapping[str, str], benchmark: Mapping | None) -> str:
+    if not benchmark:
+        return f"{MISSING.capitalize()}.\n"
+    header = ["one epoch", "published (s)", "ours (s)", "ratio", "published (MB)", "ours (MB)"]
+    rows = [
+        [title_of(row["arm"]), *(shown[f"benchmark-small.{row['arm']}.{name}"] for name in COSTS)]
+        for row in benchmark["rows"]
+    ]
+    caption = f"{benchmark['machine']}, {benchmark['date']}; median of {benchmark['rounds']} rounds"
+    return f"{caption}; MB: peak memory of the process.\n\n{_markdown(header, rows)}"

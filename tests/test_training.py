@@ -1,0 +1,224 @@
+"""The step, the feedback rules, the schedule, and a fit that goes on bit for bit."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_batch
+from torch.nn import functional as F
+
+import training
+from common import ARMS, UserError
+from training import Fit, Interrupted, NonFiniteError, Progress, Recipe
+
+
+def never():
+    return None
+
+
+def run(fit, **hooks):
+    calls = {"save": lambda f: None, "report": lambda f, e: None, "check_stop": never} | hooks
+    fit.run(**calls)
+    return fit
+
+
+def weights(fit):
+    return {name: p.detach().clone() for name, p in fit.parameters.items()}
+
+
+def same(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+
+
+def without_seconds(epochs):
+    return [{k: v for k, v in e.items() if k != "train_seconds"} for e in epochs]
+
+
+def test_loss_is_the_weighted_sum_of_plain_means(make_model, recipe):
+    model = make_model("dual").eval()
+    batch = random_batch([5, 1, 7], vocabulary=20)
+    losses = training.batch_losses(
+        model, training.forward_passes(model, batch), recipe, torch.float32
+    )
+    logits, targets, texts = [], [], []
+    for i in range(3):
+        alone = batch.take(torch.tensor([i]))
+        out = model(alone, None)
+        logits.append(out.hidden[:-1] @ model.backbone.unembedding.T)
+        targets.append(alone.tokens[1:])
+        texts.append(out.logits)
+    wanted = 0.5 * F.cross_entropy(torch.cat(texts), batch.labels)
+    wanted += 0.5 * F.cross_entropy(torch.cat(logits), torch.cat(targets))
+    assert torch.allclose(training.weighted_loss(model, losses), wanted, atol=1e-5)
+    assert (losses.texts, losses.targets) == (3, 10)
+
+
+def test_a_batch_without_targets_has_a_finite_loss(make_model, recipe):
+    model, batch = make_model("dual").eval(), random_batch([1, 1], vocabulary=20)
+    losses = training.batch_losses(
+        model, training.forward_passes(model, batch), recipe, torch.float32
+    )
+    assert losses.targets == 0
+    assert math.isfinite(training.weighted_loss(model, losses).item())
+
+
+@pytest.mark.parametrize("feedback", ["next", "same_class", "detached"])
+def test_second_half_runs_with_the_first_halfs_engrams(make_model, feedback):
+    arm = dataclasses.replace(ARMS["dual_engram"], feedback=feedback)
+    model, batch = make_model(arm).eval(), random_batch([4, 3, 6, 2, 5], vocabulary=20)
+    batch = dataclasses.replace(batch, labels=torch.tensor([0, 1, 0, 1, 0]))
+    (first, first_out), (second, second_out) = training.forward_passes(model, batch)
+    assert first.items.tolist() + second.items.tolist() == [0, 1, 2, 3, 4]
+    givers = {"same_class": [1, 0]}.get(feedback, [0, 1])
+    wanted = model(second, first_out.engram[givers])
+    assert torch.equal(second_out.hidden, wanted.hidden)
+    second_out.logits.sum().backward()
+    received = model.compressor.linear.weight.grad
+    assert (received is None) == (feedback == "detached")
+
+
+def test_self_and_off_feedback(make_model):
+    batch = random_batch([4, 3], vocabulary=20)
+    own = make_model(ARMS["dual_engram_self"]).eval()
+    (_, zero), (_, again) = training.forward_passes(own, batch)
+    assert torch.equal(again.hidden, own(batch, zero.engram).hidden)
+    off = make_model(ARMS["dual_engram_off"]).eval()
+    ((_, only),) = training.forward_passes(off, batch)
+    assert torch.equal(only.hidden, off(batch, torch.zeros(2, 8)).hidden)
+
+
+def test_the_prefix_changes_the_text_and_unused_compressors_get_no_gradient(make_model, recipe):
+    model, batch = make_model("dual_engram").eval(), random_batch([4, 3], vocabulary=20)
+    one = model(batch, torch.ones(2, 8)).hidden
+    assert not torch.allclose(one, model(batch, torch.zeros(2, 8)).hidden)
+    published = make_model("published_small")
+    passes = training.forward_passes(published, batch)
+    training.weighted_loss(
+        published, training.batch_losses(published, passes, recipe, torch.float32)
+    ).backward()
+    assert published.compressor.linear.weight.grad is None
+
+
+def test_schedules():
+    per_epoch = Recipe(8, 1.0, 0, 4, 1, "cosine-epoch")
+    assert [per_epoch.learning_rate(s, 10) for s in (0, 9)] == [1.0, 1.0]
+    assert per_epoch.learning_rate(40, 10) == pytest.approx(0.5)
+    warm = Recipe(2, 1.0, 0, 4, 1, "cosine", warmup=0.1)
+    rates = [warm.learning_rate(s, 50) for s in range(100)]
+    assert rates[0] == 0 and rates[5] == pytest.approx(0.5) and rates[10] == 1
+    assert rates == sorted(rates[:11]) + sorted(rates[11:], reverse=True)
+    assert rates[-1] < 0.001
+
+
+def test_all_arms_of_a_seed_see_equal_batches(corpus, make_model, recipe):
+    seen = {}
+    for name in ("classification", "dual", "dual_engram"):
+        fit = Fit(make_model(name), recipe, *corpus[:2], seed=3)
+        seen[name] = []
+        step = fit.step
+        fit.step = lambda batch, to=seen[name], step=step: (to.append(batch.items), step(batch))
+        run(fit)
+    first, *others = seen.values()
+    assert len(first) == 16
+    for other in others:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    assert sorted(torch.cat(first[:8]).tolist()) == list(range(256))
+    assert torch.cat(first[:8]).tolist() != torch.cat(first[8:]).tolist()
+
+
+def test_training_learns_the_generated_corpus(corpus, make_model, recipe):
+    fit = run(Fit(make_model("classification"), dataclasses.replace(recipe, epochs=4), *corpus[:2], 0))
+    assert fit.progress.epochs[-1]["eval_accuracy"] > 0.8
+    assert len(fit.progress.epochs) == 4
+
+
+@pytest.mark.parametrize("name", ["dual_engram", "classification"])
+def test_a_stopped_fit_goes_on_bit_for_bit(corpus, make_model, recipe, name):
+    whole = run(Fit(make_model(name), recipe, *corpus[:2], 0))
+    for stop_at in (1, 7, 8, 11):
+        calls = iter(range(1000))
+
+        def check(limit=stop_at, calls=calls):
+            if next(calls) == limit:
+                raise Interrupted("test")
+
+        saved = []
+        part = Fit(make_model(name), recipe, *corpus[:2], 0)
+        with pytest.raises(Interrupted):
+            run(part, save=lambda f: saved.append(f.state()), check_stop=check)
+        kept, rest, progress = saved[-1]
+        torch.manual_seed(12345)  # whatever happened since
+        again = Fit(make_model(name, seed=9), recipe, *corpus[:2], 0)
+        again.restore({k: v.clone() for k, v in kept.items()}, rest, progress)
+        run(again)
+        assert same(weights(whole), weights(again))
+        assert without_seconds(whole.progress.epochs) == without_seconds(again.progress.epochs)
+
+
+def test_other_weights_are_refused(corpus, make_model, recipe):
+    state = Fit(make_model("dual_engram"), recipe, *corpus[:2], 0).state()
+    with pytest.raises(ValueError, match="do not fit"):
+        Fit(make_model("dual"), recipe, *corpus[:2], 0).restore(*state)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_non_finite_step_is_not_taken(corpus, make_model, recipe, monkeypatch, where):
+    fit = Fit(make_model("dual"), recipe, *corpus[:2], 0)
+    before = weights(fit)
+    if where == "loss":
+        monkeypatch.setattr(
+            training, "weighted_loss", lambda m, x: x.cls / 0.0
+        )
+    else:
+        fit.model.head.outer.weight.register_hook(lambda g: g * float("nan"))
+    with pytest.raises(NonFiniteError, match=r"dual, seed 0, step 0.*training rows \["):
+        fit.step(fit.train_data.batch(np.arange(32)))
+    assert same(before, weights(fit))
+
+
+def test_evaluation_does_not_depend_on_its_batches_and_keeps_order(corpus, make_model, recipe):
+    model = make_model("dual_engram")
+    evaluation = corpus[1]
+    large = training.evaluate(model, evaluation, recipe, collect=("pooled", "engram", "layers"))
+    small = training.evaluate(
+        model, evaluation, dataclasses.replace(recipe, eval_tokens=30), collect=("pooled", "engram")
+    )
+    assert large.cls_loss == pytest.approx(small.cls_loss, abs=1e-5)
+    assert large.lm_loss == pytest.approx(small.lm_loss, abs=1e-5)
+    assert np.allclose(large.features["pooled"], small.features["pooled"], atol=1e-5)
+    model.eval()
+    one = evaluation.batch(np.array([17]))
+    alone = model(one, model.zero_engram(one)).engram.detach().numpy()
+    assert np.allclose(large.features["engram"][17], alone[0], atol=1e-5)
+    assert large.features["layers"].shape == (len(evaluation), 3, 32)
+
+
+def test_evaluation_modes_differ_where_the_engram_matters(corpus, make_model, recipe):
+    model = make_model("dual_engram")
+    with torch.no_grad():
+        model.projector.linear.weight.mul_(20)
+    zero = training.evaluate(model, corpus[1], recipe, collect=("engram",))
+    modes = training.evaluate_modes(model, corpus[1], recipe, zero, 0)
+    assert tuple(modes) == training.EVAL_MODES
+    assert modes["zero"] == zero.scores()
+    assert len({m["cls_loss"] for m in modes.values()}) == 5
+
+
+def test_fewer_rows_than_a_batch_is_a_users_mistake(corpus, make_model, recipe):
+    few = corpus[0].select(np.arange(5))
+    with pytest.raises(UserError, match="5 training rows < batch 32"):
+        Fit(make_model("dual"), recipe, few, corpus[1], 0)
+
+
+def test_progress_survives_json():
+    progress = Progress(epoch=1, batch=3, epochs=[{"epoch": 1}])
+    progress.totals.cls = 0.1
+    assert Progress.from_json(progress.to_json()) == progress
+
+
+def test_seeds_differ_by_purpose_and_do_not_overflow():
+    seeds = {training.derive_seed(s, p) for s in range(50) for p in ("order", "dropout")}
+    assert len(seeds) == 100
+    assert all(0 <= s < 2**63 for s in seeds)

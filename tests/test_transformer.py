@@ -1,0 +1,104 @@
+"""Causality by gradient; packed texts do not touch each other; dropout; parameter counts."""
+
+import pytest
+import torch
+from conftest import random_batch
+
+from common import ARMS, MAIN_ARMS, StudyModel
+from transformer import SmallTransformer, dropout_masks
+
+
+def backbone(**options):
+    torch.manual_seed(0)
+    return SmallTransformer(50, 16, 16, 2, 24, **options).eval()
+
+
+def token_gradient(model, batch, row, prefix=None):
+    """|d hidden[row] / d embedded token t| for every packed token t."""
+    kept = []
+    hook = model.embedding.register_forward_hook(lambda m, i, o: kept.append(o) or o.retain_grad())
+    hidden = model(batch, prefix)
+    hook.remove()
+    hidden[row].pow(2).sum().backward()
+    width = kept[0].shape[1]
+    before = 0 if prefix is None else 1
+    where = batch.segments * width + batch.positions + before
+    return kept[0].grad.abs().sum(2).flatten()[where]
+
+
+@pytest.mark.parametrize("with_prefix", [False, True])
+def test_position_t_never_sees_a_later_token_nor_another_text(with_prefix):
+    model, batch = backbone(), random_batch([3, 6, 2])
+    prefix = torch.randn(3, 16, requires_grad=True) if with_prefix else None
+    row = 5  # text 1, position 2
+    gradient = token_gradient(model, batch, row, prefix)
+    assert (gradient[3:6] > 0).all()
+    assert (gradient[6:] == 0).all()
+    assert (gradient[:3] == 0).all()
+    if with_prefix:
+        seen = prefix.grad.abs().sum(1)
+        assert seen[1] > 0
+        assert seen[0] == seen[2] == 0
+
+
+def test_the_published_bidirectional_backbone_does_see_later_tokens():
+    gradient = token_gradient(backbone(causal=False), random_batch([3, 6, 2]), 5)
+    assert (gradient[3:9] > 0).all()
+    assert (gradient[:3] == 0).all()
+    assert (gradient[9:] == 0).all()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_batch_equals_its_texts_one_by_one(causal):
+    model, batch = backbone(causal=causal), random_batch([4, 1, 9, 2])
+    prefix = torch.randn(4, 16)
+    for given in (None, prefix):
+        together = model(batch, given)
+        alone = [
+            model(batch.take(torch.tensor([i])), None if given is None else given[i : i + 1])
+            for i in range(4)
+        ]
+        assert torch.allclose(together, torch.cat(alone), atol=1e-5)
+
+
+def test_layers_are_collected_and_the_last_one_normed_is_the_output():
+    model, batch = backbone(), random_batch([4, 2])
+    layers = []
+    hidden = model(batch, None, layers)
+    assert len(layers) == 3
+    assert torch.allclose(model.norm(layers[-1]), hidden)
+
+
+def test_dropout_masks_keep_the_mean_and_follow_the_seed():
+    torch.manual_seed(3)
+    first, second = dropout_masks([100_000, 50_001], 0.1, torch.device("cpu"))
+    assert (len(first), len(second)) == (100_000, 50_001)
+    assert first.unique().tolist() == pytest.approx([0.0, 1 / 0.9])
+    assert abs(float((first == 0).float().mean()) - 0.1) < 0.005
+    assert abs(float(second.mean()) - 1) < 0.01
+    torch.manual_seed(3)
+    again = dropout_masks([100_000, 50_001], 0.1, torch.device("cpu"))
+    assert torch.equal(first, again[0])
+
+
+def test_dropout_acts_in_training_only():
+    model, batch = backbone(), random_batch([4, 2])
+    quiet = model(batch)
+    assert torch.equal(quiet, model(batch))
+    model.train()
+    assert not torch.equal(quiet, model(batch))
+
+
+def test_every_main_arm_has_about_1_3_million_parameters():
+    counts = []
+    for name in MAIN_ARMS:
+        model = StudyModel(SmallTransformer(8000, 64), ARMS[name], 2, 32)
+        counts.append(sum(p.numel() for p in model.parameters()))
+    assert all(1.25e6 < count < 1.4e6 for count in counts)
+    assert counts[0] == counts[1] < counts[2]
+
+
+def test_initial_weights_have_gpt2s_scale():
+    model = SmallTransformer(8000, 64)
+    for part in (model.embedding, model.position, model.blocks[0].qkv):
+        assert abs(part.weight.std().item() - 0.02) < 1e-3
