@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -20,6 +21,9 @@ from common import UserError
 
 FORMAT = "dual-objective-engrams/checkpoint/1"
 KEPT = 2
+# what reading a damaged, foreign or malicious checkpoint raises
+DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError,
+          pickle.UnpicklingError, SafetensorError)  # fmt: skip
 
 
 def write_atomic(path: Path, content: bytes | Callable[[Path], None]) -> None:
@@ -66,10 +70,13 @@ class CheckpointStore:
     Args:
         folder: of this (arm, seed); made when first saved to.
         identity: JSON of everything that must be equal for a resumed run to be the same run.
+        defaults: of identity's keys, for checkpoints older than a key.
     """
 
-    def __init__(self, folder: Path, identity: dict) -> None:
-        self.folder, self.identity = folder, identity
+    def __init__(
+        self, folder: Path, identity: dict, defaults: Mapping[str, object] | None = None
+    ) -> None:
+        self.folder, self.identity, self.defaults = folder, identity, defaults
 
     def save(self, step: int, weights: dict[str, Tensor], rest: dict, progress: dict) -> None:
         """Write the checkpoint of `step`, then drop all but the newest KEPT."""
@@ -110,7 +117,7 @@ class CheckpointStore:
                 meta = json.loads(manifest.read_text())
                 if meta.get("format") != FORMAT:
                     raise ValueError(f"its format is {meta.get('format')!r}, not {FORMAT!r}")
-                changed = differences(meta["identity"], self.identity)
+                changed = differences(meta["identity"], self.identity, self.defaults)
                 if not changed:
                     for path in (weights_path, rest_path):
                         if _sha256(path) != meta["sha256"][path.name]:
@@ -118,9 +125,10 @@ class CheckpointStore:
                     weights = load_safetensors(weights_path.read_bytes())
                     rest = torch.load(rest_path, weights_only=True)
                     return weights, rest, meta["progress"]
-            except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as bad:
+            except DAMAGE as bad:
                 damaged.append(manifest)
-                print(f"warning: checkpoint {manifest} is damaged: {bad}", file=sys.stderr)
+                reason = str(bad).splitlines()[0]
+                print(f"warning: checkpoint {manifest} is damaged: {reason}", file=sys.stderr)
                 continue
             raise UserError(
                 f"{self.folder} holds a checkpoint of another run ({'; '.join(changed)}). "
@@ -148,11 +156,19 @@ class CheckpointStore:
         return tuple(self.folder / f"{stem}.{end}" for end in ("safetensors", "state", "json"))
 
 
-def differences(old: dict, new: dict) -> list[str]:
-    """`key old -> new` for every key whose value differs, in order of name."""
-    keys = sorted(old.keys() | new.keys())
-    return [f"{k} {old.get(k)} -> {new.get(k)}" for k in keys if old.get(k) != new.get(k)]
+def differences(old: dict, new: dict, defaults: Mapping[str, object] | None = None) -> list[str]:
+    """`key old -> new` for every key whose value differs, in order of name.
 
+    Args:
+        defaults: what a key means where it is missing, so that a run made before a flag existed
+            is still the run it was.
+    """
+    fallback = defaults or {}
+    pairs = {k: [d.get(k, fallback.get(k)) for d in (old, new)] for k in old.keys() | new.keys()}
+    changed = {k for k, (before, after) in pairs.items() if before != after}
+    # a recipe's value that repeats a flag's is said once
+    changed -= {f"recipe.{k}" for k in changed}
+    return [f"{k} {pairs[k][0]} -> {pairs[k][1]}" for k in sorted(changed)]
 
 
 def _sha256(path: Path) -> str:

@@ -102,8 +102,9 @@ def parse(config: type, argv: Sequence[str], description: str) -> Any:
     )
     hints = typing.get_type_hints(config)
     known = []
+    defaults = defaults_of(config)
     for item in fields(config):
-        default = item.default_factory() if item.default is MISSING else item.default
+        default = defaults[item.name]
         many, kind = _kind(hints[item.name])
         flags = [f"--{item.name.replace('_', '-')}"]
         shown = " ".join(map(str, default)) if isinstance(default, list) else default
@@ -172,6 +173,14 @@ def _reader(kind: type, limits: typing.Mapping[str, Any]) -> Callable[[str], Any
         return value
 
     return read
+
+
+def defaults_of(config: type) -> dict[str, Any]:
+    """Every flag's default by field name."""
+    return {
+        item.name: item.default_factory() if item.default is MISSING else item.default
+        for item in fields(config)
+    }
 
 
 def recipe_of(config: StudyConfig, **extra: Any) -> Recipe:

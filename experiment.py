@@ -40,6 +40,9 @@ class Config(cli.StudyConfig):
     inner: int = cli.option(256, "feed-forward width", low=1)
     layers: int = cli.option(2, "transformer layers", low=1)
     dropout: float = cli.option(0.1, "dropout of the transformer", low=0.0, high=0.9)
+    window: int = cli.option(
+        50, "batches whose texts are sorted by length together; 0: random batches", low=0
+    )
 
 
 def load_dataset(config: Config) -> data.Dataset:
@@ -94,7 +97,7 @@ def main(argv: Sequence[str], stop: cli.StopSignals) -> None:
         script=Path(__file__).name,
         backbone=f"transformer from scratch, {config.layers} layers, d {config.width}",
         config=config,
-        recipe=cli.recipe_of(config, schedule="cosine-epoch"),
+        recipe=cli.recipe_of(config, schedule="cosine-epoch", window=config.window),
         dataset=dataset,
         train=data.encode(dataset.train, vocabulary.encode, config.max_tokens),
         evaluation=data.encode(dataset.evaluation, vocabulary.encode, config.max_tokens),

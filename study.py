@@ -23,6 +23,7 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
+import cli
 from checkpoints import CheckpointStore, differences, write_atomic, write_json
 from cli import FREE, StopSignals, StudyConfig
 from common import (
@@ -77,13 +78,14 @@ class ResultsFolder:
     Args:
         folder: made if missing.
         identity: JSON of everything that makes it this run; another one in the folder is refused.
+        defaults: of identity's keys, for results older than a key.
         restart: discard what the folder holds.
     Raises:
         UserError: not writable, in use, or holding another run.
     """
 
-    def __init__(self, folder: Path, identity: dict, restart: bool) -> None:
-        self.folder, self.identity = folder, identity
+    def __init__(self, folder: Path, identity: dict, defaults: dict, restart: bool) -> None:
+        self.folder, self.identity, self.defaults = folder, identity, defaults
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.lock = FileLock(folder / ".lock")
@@ -149,7 +151,7 @@ class ResultsFolder:
                 f"{self.path} is not a whole results file ({error}). Put a good copy back, or pass "
                 "--restart to discard it."
             ) from None
-        changed = differences(held, self.identity)
+        changed = differences(held, self.identity, self.defaults)
         if changed:
             raise UserError(
                 f"{self.folder} holds another run ({'; '.join(changed)}). "
@@ -264,7 +266,11 @@ def run_study(study: Study, out: Path, seeds: list[int], stop: StopSignals) -> P
     """
     config = study.config
     identity = identity_of(study)
-    with ResultsFolder(out, identity, config.restart or not config.resume) as folder:
+    defaults = cli.defaults_of(type(config)) | {
+        f"recipe.{f.name}": f.default for f in dataclasses.fields(Recipe)
+    }
+    restart = config.restart or not config.resume
+    with ResultsFolder(out, identity, defaults, restart) as folder:
         for note in study.dataset.notes:
             folder.log(note)
         started = time.monotonic()
@@ -332,6 +338,7 @@ def _train_one(
     store = CheckpointStore(
         folder.folder / "checkpoints" / f"{arm.name}-{seed}",
         folder.identity | environment | {"arm": asdict(arm), "seed": seed},
+        folder.defaults,
     )
     saved = store.load()
     if saved is not None:

@@ -115,22 +115,28 @@ def test_finished_arms_are_kept_and_new_ones_added(whole, tmp_path):
 def test_another_configuration_is_refused_and_nothing_lost(tmp_path, capfd):
     assert finish(tmp_path, "--arms", "classification") == 0
     before = (tmp_path / "results.json").read_bytes()
-    for flags, named in (
-        (("--lr", "1e-4"), "lr 0.0003 -> 0.0001"),
-        (("--epochs", "4"), "epochs 3 -> 4"),
-        (("--engram-dim", "5"), "engram_dim 4 -> 5"),
+    for flag, value, named in (
+        ("--lr", "1e-4", "(lr 0.0003 -> 0.0001)"),
+        ("--epochs", "4", "(epochs 3 -> 4)"),
+        ("--engram-dim", "5", "(engram_dim 4 -> 5)"),
+        ("--feedback", "self", "(feedback None -> self)"),
     ):
-        keep = [w for w in flags if w not in COMMAND or w.startswith("--")]
-        command = list(COMMAND)
-        if flags[0] in command:
-            command[command.index(flags[0]) + 1] = keep[1]
-        else:
-            command += flags
-        code = cli.run(experiment.main, [*command, "--out", str(tmp_path)])
+        command = {a: b for a, b in zip(COMMAND[1::2], COMMAND[2::2], strict=True)} | {flag: value}
+        words = ["--smoke", *(word for pair in command.items() for word in pair)]
+        code = cli.run(experiment.main, [*words, "--out", str(tmp_path)])
         error = capfd.readouterr().err
         assert code == 2
         assert named in error and "--restart" in error
     assert (tmp_path / "results.json").read_bytes() == before
+
+
+def test_a_run_older_than_a_flag_is_still_itself(tmp_path):
+    assert finish(tmp_path, "--arms", "classification") == 0
+    results = json.loads((tmp_path / "results.json").read_text())
+    del results["identity"]["clip"]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    assert finish(tmp_path, "--arms", "classification") == 0
+    assert finish(tmp_path, "--arms", "classification", "--clip", "2") == 2
 
 
 def test_restart_says_so_and_discards(tmp_path, capfd):
