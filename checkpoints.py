@@ -1,14 +1,12 @@
-"""Files that are complete or invisible: atomic writes and the checkpoints of one (arm, seed)."""
+"""The checkpoints of one (arm, seed): complete or invisible, and never another run's."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
 import sys
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -18,46 +16,22 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from common import UserError
+from files import write_atomic, write_json
 
 FORMAT = "dual-objective-engrams/checkpoint/1"
 KEPT = 2
 # what reading a damaged, foreign or malicious checkpoint raises
-DAMAGE = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, RuntimeError,
-          pickle.UnpicklingError, SafetensorError)  # fmt: skip
-
-
-def write_atomic(path: Path, content: bytes | Callable[[Path], None]) -> None:
-    """Write a file so that a reader, or a power cut, sees the old one or the new one, whole.
-
-    Args:
-        path: the file; its folder exists.
-        content: the bytes, or a function that writes them to the path it is given.
-    """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        if callable(content):
-            content(temporary)
-        else:
-            temporary.write_bytes(content)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write strict JSON (no NaN) atomically."""
-    write_atomic(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+DAMAGE = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    RuntimeError,
+    pickle.UnpicklingError,
+    SafetensorError,
+)
 
 
 class CheckpointStore:
@@ -82,7 +56,9 @@ class CheckpointStore:
         """Write the checkpoint of `step`, then drop all but the newest KEPT."""
         self.folder.mkdir(parents=True, exist_ok=True)
         weights_path, rest_path, manifest = self._paths(step)
-        write_atomic(weights_path, save_safetensors({k: v.contiguous() for k, v in weights.items()}))
+        write_atomic(
+            weights_path, save_safetensors({k: v.contiguous() for k, v in weights.items()})
+        )
         write_atomic(rest_path, lambda path: torch.save(rest, path))
         write_json(
             manifest,

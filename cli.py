@@ -31,15 +31,20 @@ def option(default: Any, text: str, **extra: Any) -> Any:
 class StudyConfig:
     """The flags all three scripts share; a script's Config overrides defaults and adds its own."""
 
-    data: str | None = option(None, "hub id, csv/tsv/jsonl/parquet file, or folder with train.* "
-                              "and validation.* or test.* (default: the script's own data set)")  # fmt: skip
+    data: str | None = option(
+        None,
+        "hub id, csv/tsv/jsonl/parquet file, or folder with train.* "
+        "and validation.* or test.* (default: the script's own data set)",
+    )
     text_column: str | None = option(None, "column of the texts (default: the usual names)")
     label_column: str | None = option(None, "column of the labels (default: the usual names)")
     labels: list[str] | None = option(None, "class names in order, for labels that are words")
     label_offset: int = option(0, "the smallest label, if labels are numbers not from 0")
     encoding: str = option("utf-8", "of the data files")
     drop_empty: bool = option(False, "drop rows without text, counted, instead of refusing them")
-    limit_train: int | None = option(None, "train on the first N rows of a stratified shuffle", low=1)
+    limit_train: int | None = option(
+        None, "train on the first N rows of a stratified shuffle", low=1
+    )
     limit_eval: int | None = option(None, "evaluate on the first N rows of one", low=2)
     arms: list[str] = option(list(MAIN_ARMS), "conditions to train", choices=tuple(ARMS))
     seeds: list[int] | None = option(None, "training seeds", low=0)
@@ -48,16 +53,28 @@ class StudyConfig:
     lr: float = option(3e-4, "peak learning rate", above=0.0)
     weight_decay: float = option(0.01, "AdamW weight decay", low=0.0)
     clip: float = option(1.0, "largest gradient norm", above=0.0)
-    feedback: str | None = option(None, "what Model 3 feeds back (default: each arm's own rule)",
-                                  choices=FEEDBACKS)  # fmt: skip
-    tap: str | None = option(None, "what the compressor reads (default: each arm's own)", choices=TAPS)
+    feedback: str | None = option(
+        None, "what Model 3 feeds back (default: each arm's own rule)", choices=FEEDBACKS
+    )
+    tap: str | None = option(
+        None, "what the compressor reads (default: each arm's own)", choices=TAPS
+    )
     engram_dim: int = option(32, "width of the engram", low=1)
-    lm_weight: float | None = option(None, "weight of the LM loss in arms with both losses; the "
-                                     "classification loss gets the rest", low=0.0, high=1.0)  # fmt: skip
+    lm_weight: float | None = option(
+        None,
+        "weight of the LM loss in arms with both losses; the classification loss gets the rest",
+        low=0.0,
+        high=1.0,
+    )
     max_tokens: int = option(64, "longest text in tokens; longer ones are cut and counted", low=2)
-    threads: int | None = option(None, "CPU threads (default: all cores); part of a run's identity", low=1)
-    out: str | None = option(None, "results folder (default: the script's, or its subfolder named "
-                             "after another data set or backbone)")  # fmt: skip
+    threads: int | None = option(
+        None, "CPU threads (default: all cores); part of a run's identity", low=1
+    )
+    out: str | None = option(
+        None,
+        "results folder (default: the script's, or its subfolder named "
+        "after another data set or backbone)",
+    )
     resume: bool = option(True, "go on with what the folder holds")
     restart: bool = option(False, "discard the run the folder holds and start over")
     smoke: bool = option(False, "whole path on a generated corpus: CPU, no network, seconds")
@@ -65,8 +82,22 @@ class StudyConfig:
 
 
 # Changing these does not make it another run
-FREE = ("seeds", "arms", "out", "resume", "restart", "debug", "threads", "data", "text_column",
-        "label_column", "labels", "label_offset", "encoding", "drop_empty")  # fmt: skip
+FREE = (
+    "seeds",
+    "arms",
+    "out",
+    "resume",
+    "restart",
+    "debug",
+    "threads",
+    "data",
+    "text_column",
+    "label_column",
+    "labels",
+    "label_offset",
+    "encoding",
+    "drop_empty",
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -117,10 +148,15 @@ def parse(config: type, argv: Sequence[str], description: str) -> Any:
         else:
             extra |= {"type": _reader(kind, item.metadata)}
             choices = item.metadata.get("choices")
-            extra["metavar"] = "{%s}" % ",".join(choices) if choices else kind.__name__.upper()
+            extra["metavar"] = f"{{{','.join(choices)}}}" if choices else kind.__name__.upper()
         known += flags
         parser.add_argument(
-            *flags, dest=item.name, default=default, help=text.replace("%", "%%"), action=_Once, **extra
+            *flags,
+            dest=item.name,
+            default=default,
+            help=text.replace("%", "%%"),
+            action=_Once,
+            **extra,
         )
     values, unknown = parser.parse_known_args(list(argv))
     if unknown:
@@ -152,8 +188,11 @@ def _reader(kind: type, limits: typing.Mapping[str, Any]) -> Callable[[str], Any
     """A function from the word on the command line to the checked value."""
     low, above, high = (limits.get(name) for name in ("low", "above", "high"))
     choices = limits.get("choices")
-    bounds = [f">= {low}" if low is not None else "", f"> {above}" if above is not None else "",
-              f"<= {high}" if high is not None else ""]  # fmt: skip
+    bounds = [
+        f">= {low}" if low is not None else "",
+        f"> {above}" if above is not None else "",
+        f"<= {high}" if high is not None else "",
+    ]
     wanted = {int: "a whole number", float: "a finite number", str: "text"}[kind]
     wanted = " ".join([wanted, " and ".join(filter(None, bounds))]).strip()
 
@@ -237,5 +276,8 @@ def run(main: Callable[[Sequence[str], StopSignals], None], argv: Sequence[str])
             return 1
         except Interrupted as error:
             where = f"saved at step {error.saved}" if error.saved is not None else "nothing lost"
-            print(f"{name}: {error.reason}: {where}; run the same command to continue", file=sys.stderr)
+            print(
+                f"{name}: {error.reason}: {where}; run the same command to continue",
+                file=sys.stderr,
+            )
             return StopSignals.CODES[stop.received]

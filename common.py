@@ -106,7 +106,9 @@ class Batch:
     @cached_property
     def positions(self) -> Tensor:
         """(T,) position of each token in its text, from 0."""
-        return torch.arange(len(self.tokens), device=self.tokens.device) - self.starts[self.segments]
+        return (
+            torch.arange(len(self.tokens), device=self.tokens.device) - self.starts[self.segments]
+        )
 
     @cached_property
     def lm_rows(self) -> Tensor:

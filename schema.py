@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -169,16 +168,3 @@ def features_of(folder: Path) -> Mapping:
         return np.load(path) if path.exists() else {}
     except (BadZipFile, ValueError, EOFError) as error:
         raise ReportError(f"{path} is damaged ({error}). Restore it or run again.") from None
-
-
-def write(path: Path, content: bytes) -> None:
-    """Replace a file by content in one step: a reader sees the old file or the new one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -24,7 +24,8 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import cli
-from checkpoints import CheckpointStore, differences, write_atomic, write_json
+from batches import Encoded
+from checkpoints import CheckpointStore, differences
 from cli import FREE, StopSignals, StudyConfig
 from common import (
     ARMS,
@@ -37,7 +38,8 @@ from common import (
     kmeans,
     nearest_centroid,
 )
-from data import Dataset, Encoded
+from data import Dataset
+from files import write_atomic, write_json
 from training import (
     Evaluation,
     Fit,
@@ -91,7 +93,9 @@ class ResultsFolder:
             self.lock = FileLock(folder / ".lock")
             self.lock.acquire(timeout=0)
         except Timeout:
-            holder = (folder / ".lock.json").read_text() if (folder / ".lock.json").exists() else "?"
+            holder = (
+                (folder / ".lock.json").read_text() if (folder / ".lock.json").exists() else "?"
+            )
             raise UserError(
                 f"{folder} is in use by {holder.strip()}. Wait for it, or use another --out."
             ) from None
@@ -169,7 +173,10 @@ class ResultsFolder:
             return {name: arrays[name] for name in arrays.files}
 
     def has(self, arm: str, seed: int) -> bool:
-        return str(seed) in self.results["rows"].get(arm, {}) and f"{arm}/{seed}/pooled" in self.features
+        return (
+            str(seed) in self.results["rows"].get(arm, {})
+            and f"{arm}/{seed}/pooled" in self.features
+        )
 
     def add(self, arm: str, seed: int, row: dict, features: Mapping[str, np.ndarray]) -> None:
         """Write one finished row; features first, so a row in results.json means both are there."""
@@ -278,7 +285,9 @@ def run_study(study: Study, out: Path, seeds: list[int], stop: StopSignals) -> P
         todo = [(s, a) for s in seeds for a in config.arms if not folder.has(a, s)]
         kept = len(seeds) * len(config.arms) - len(todo)
         if kept:
-            folder.log(f"{kept} of {kept + len(todo)} (arm, seed) are in {folder.path} already; kept")
+            folder.log(
+                f"{kept} of {kept + len(todo)} (arm, seed) are in {folder.path} already; kept"
+            )
         if todo or "provenance" not in folder.results:
             folder.results |= _header(study, folder)
             folder.features["labels"] = study.evaluation.labels.numpy()
@@ -343,7 +352,9 @@ def _train_one(
     saved = store.load()
     if saved is not None:
         fit.restore(*saved)
-        folder.log(f"{arm.name}, seed {seed}: going on from step {fit.step_number} of {fit.total_steps}")
+        folder.log(
+            f"{arm.name}, seed {seed}: going on from step {fit.step_number} of {fit.total_steps}"
+        )
     with _Reporter(folder, fit) as reporter:
         fit.run(lambda f: store.save(f.step_number, *f.state()), reporter, stop.check)
     zero = evaluate(model, study.evaluation, study.recipe, collect=FEATURES, check_stop=stop.check)
@@ -381,7 +392,8 @@ def _row(
         "parameters_trainable": sum(p.numel() for p in fit.parameters.values()),
         "parameters_total": sum(p.numel() for p in model.parameters()),
         "epochs": fit.progress.epochs,
-        "final": zero.scores() | {"predictions_ari": adjusted_rand(labels, predictions), "modes": {}},
+        "final": zero.scores()
+        | {"predictions_ari": adjusted_rand(labels, predictions), "modes": {}},
         "engram": None,
     }
     if model.arm.has_prefix:
@@ -441,7 +453,8 @@ class _Reporter:
         last = fit.progress.epochs[-1]
         lm = "" if last["eval_lm_loss"] is None else f", LM loss {last['eval_lm_loss']:.3f}"
         self.folder.log(
-            f"{self.name}: epoch {last['epoch']} of {fit.epochs}, train {last['train_accuracy']:.4f}, "
+            f"{self.name}: epoch {last['epoch']} of {fit.epochs}, "
+            f"train {last['train_accuracy']:.4f}, "
             f"eval {last['eval_accuracy']:.4f}{lm}, {last['train_seconds']:.1f} s"
         )
 
@@ -457,6 +470,7 @@ def _summary(arm: str, seed: int, row: dict[str, Any]) -> str:
 def _analyse_and_draw(folder: ResultsFolder) -> None:
     """The numbers are safe by now: a figure that cannot be drawn is a warning, not a loss."""
     import analysis
+
     import report
 
     started = time.monotonic()
@@ -467,7 +481,11 @@ def _analyse_and_draw(folder: ResultsFolder) -> None:
     try:
         drawn = report.draw(folder.folder)
     except Exception as error:  # any plotting failure: fonts, a single class, too few points
-        folder.log(f"warning: figures not drawn ({type(error).__name__}: {error}); "
-                   f"the numbers are in {folder.path}; draw with python report.py {folder.folder}")  # fmt: skip
+        folder.log(
+            f"warning: figures not drawn ({type(error).__name__}: {error}); "
+            f"the numbers are in {folder.path}; draw with python report.py {folder.folder}"
+        )
         return
-    folder.log(f"figures: {', '.join(path.name for path in drawn)} ({time.monotonic() - started:.1f} s)")
+    folder.log(
+        f"figures: {', '.join(path.name for path in drawn)} ({time.monotonic() - started:.1f} s)"
+    )

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from batches import Encoded, batch_order, eval_order
 from common import (
     Batch,
     Outputs,
@@ -22,7 +23,6 @@ from common import (
     lm_loss,
     mean_pool,
 )
-from data import Encoded, batch_order, eval_order
 
 EVAL_MODES = ("zero", "own", "shuffled", "mean", "no_prefix")
 
@@ -43,9 +43,9 @@ class Interrupted(Exception):
 class Recipe:
     """How an arm is trained.
 
-    `schedule` "cosine-epoch" sets the rate once an epoch, lr (1 + cos(pi e / epochs)) / 2 (published
-    small recipe); "cosine" every step after a linear warm-up (published 7B recipe). `window` is
-    how many batches are sorted by length together; 0 keeps the random order.
+    `schedule` "cosine-epoch" sets the rate once an epoch, lr (1 + cos(pi e / epochs)) / 2
+    (published small recipe); "cosine" every step after a linear warm-up (published 7B recipe).
+    `window` is how many batches are sorted by length together; 0 keeps the random order.
     """
 
     epochs: int
@@ -72,7 +72,7 @@ class Recipe:
 
 
 def derive_seed(seed: int, purpose: str) -> int:
-    """A 63-bit seed of its own for each purpose ("initialisation", "dropout", ...) of a run's seed."""
+    """A 63-bit seed for each purpose ("initialisation", "dropout", ...) of a run's seed."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:8], "big") >> 1
 
 
@@ -316,7 +316,7 @@ class Fit:
 
     @torch.no_grad()
     def restore(self, weights: dict[str, Tensor], rest: dict, progress: dict) -> None:
-        """Go on from what `state` returned; raises ValueError if the weights are another model's."""
+        """Go on from what `state` returned; ValueError if the weights are another model's."""
         shapes = {name: p.shape for name, p in self.parameters.items()}
         if {name: w.shape for name, w in weights.items()} != shapes:
             raise ValueError("the checkpoint's weights do not fit this model")
@@ -341,8 +341,8 @@ class Fit:
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.recipe.clip)
         if not (torch.isfinite(loss) and torch.isfinite(norm)):
             raise NonFiniteError(
-                f"{self.model.arm.name}, seed {self.seed}, step {self.step_number}: loss {loss:.4g} "
-                f"(classification {losses.cls:.4g} / {losses.texts} texts, next token "
+                f"{self.model.arm.name}, seed {self.seed}, step {self.step_number}: loss "
+                f"{loss:.4g} (classification {losses.cls:.4g} / {losses.texts} texts, next token "
                 f"{losses.lm:.4g} / {losses.targets} targets), gradient norm {norm:.4g}, rate "
                 f"{rate:.3g}, training rows {batch.items.tolist()}. The weights before it are kept."
             )
@@ -386,9 +386,7 @@ class Fit:
                     if time.monotonic() - saved_at > save_every:
                         save(self)
                         saved_at = time.monotonic()
-                result = evaluate(
-                    self.model, self.eval_data, self.recipe, check_stop=check_stop
-                )
+                result = evaluate(self.model, self.eval_data, self.recipe, check_stop=check_stop)
             except Interrupted as stop:
                 save(self)
                 stop.saved = self.step_number

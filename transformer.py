@@ -23,7 +23,7 @@ def dropout_masks(sizes: list[int], rate: float, device: torch.device) -> tuple[
 
 
 class Block(nn.Module):
-    """Pre-norm layer: x += dropout(attention(norm(x))); x += dropout(W2 dropout(GELU(W1 norm(x))))."""
+    """Pre-norm layer: x += drop(attention(norm(x))); x += drop(W2 drop(GELU(W1 norm(x))))."""
 
     def __init__(self, width: int, heads: int, inner: int) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Block(nn.Module):
         self.down = nn.Linear(inner, width)
 
     def forward(self, x: Tensor, mask: Tensor | None, drops: tuple | None) -> Tensor:
-        """x (B, L, H); mask (B, 1, 1, L) True where a key may be seen, None: causal; three drops."""
+        """x (B, L, H); mask (B, 1, 1, L) True where a key may be seen, None: causal."""
         batch, length, width = x.shape
 
         def drop(y: Tensor, site: int) -> Tensor:

@@ -31,6 +31,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import batches
 import data
 from common import ARMS, MAIN_ARMS, StudyModel
 from study import provenance
@@ -42,7 +43,7 @@ RECIPE = Recipe(8, 3e-4, 0.01, 64, 1.0, "cosine-epoch")
 
 
 class PublishedModel(nn.Module):
-    """The published small model by its parameter counts: sinusoidal positions, classifier width 64."""
+    """The published small model, as its parameter counts tell: sinusoids, classifier width 64."""
 
     def __init__(self, vocabulary: int, lm: bool, engram: bool) -> None:
         super().__init__()
@@ -80,7 +81,7 @@ class PublishedModel(nn.Module):
         return self.classifier(pooled), None if self.lm_head is None else self.lm_head(hidden)
 
 
-def published_epoch(arm: str, train: data.Encoded, vocabulary: int, steps: int) -> Callable:
+def published_epoch(arm: str, train: batches.Encoded, vocabulary: int, steps: int) -> Callable:
     """A function that trains the published recipe for `steps` batches."""
     torch.manual_seed(0)
     model = PublishedModel(vocabulary, arm != "classification", arm == "dual_engram").train()
@@ -110,7 +111,7 @@ def published_epoch(arm: str, train: data.Encoded, vocabulary: int, steps: int) 
     return epoch
 
 
-def our_epoch(arm: str, train: data.Encoded, vocabulary: int, steps: int) -> Callable:
+def our_epoch(arm: str, train: batches.Encoded, vocabulary: int, steps: int) -> Callable:
     """A function that trains our small study's arm for `steps` batches."""
     seed_everything(0, "initialisation")
     model = StudyModel(SmallTransformer(vocabulary, PADDED_TO), ARMS[arm], 2, 32).train()
@@ -118,7 +119,7 @@ def our_epoch(arm: str, train: data.Encoded, vocabulary: int, steps: int) -> Cal
 
     def epoch() -> None:
         seed = derive_seed(0, "order")
-        order = data.batch_order(train.lengths, RECIPE.batch_size, seed, 0, RECIPE.window)
+        order = batches.batch_order(train.lengths, RECIPE.batch_size, seed, 0, RECIPE.window)
         for items in order[:steps]:
             fit.step(train.batch(items))
 
@@ -128,7 +129,7 @@ def our_epoch(arm: str, train: data.Encoded, vocabulary: int, steps: int) -> Cal
 CONTENDERS = {"published": published_epoch, "ours": our_epoch}
 
 
-def _peak(name: str, arm: str, train: data.Encoded, vocabulary: int, queue) -> None:
+def _peak(name: str, arm: str, train: batches.Encoded, vocabulary: int, queue) -> None:
     CONTENDERS[name](arm, train, vocabulary, 30)()
     status = Path("/proc/self/status")
     if status.exists():  # ru_maxrss would start at the parent's size
@@ -138,7 +139,7 @@ def _peak(name: str, arm: str, train: data.Encoded, vocabulary: int, queue) -> N
         queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
-def peak_mb(name: str, arm: str, train: data.Encoded, vocabulary: int) -> float:
+def peak_mb(name: str, arm: str, train: batches.Encoded, vocabulary: int) -> float:
     """Largest resident size (MiB) of a fresh process that loads the same and trains 30 steps."""
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
@@ -161,8 +162,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     dataset = data.load(data.SST2, options.data)
-    words = data.WordVocabulary.build(dataset.train.texts)
-    whole = data.encode(dataset.train, words.encode, PADDED_TO)
+    words = batches.WordVocabulary.build(dataset.train.texts)
+    whole = batches.encode(dataset.train, words.encode, PADDED_TO)
     train = whole.select(np.random.default_rng(0).permutation(len(whole))[: options.texts])
     steps = -(-len(train) // RECIPE.batch_size)
     rows = []

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import batches
 import data
 from common import ARMS, Batch, StudyModel
 from training import Recipe, seed_everything
@@ -24,8 +25,10 @@ def _one_thread():
 def corpus():
     """The generated corpus, encoded: (train, evaluation, vocabulary size)."""
     dataset = data.generated_corpus()
-    words = data.WordVocabulary.build(dataset.train.texts)
-    train, evaluation = (data.encode(s, words.encode, 64) for s in (dataset.train, dataset.evaluation))
+    words = batches.WordVocabulary.build(dataset.train.texts)
+    train, evaluation = (
+        batches.encode(s, words.encode, 64) for s in (dataset.train, dataset.evaluation)
+    )
     return train, evaluation, len(words)
 
 
@@ -36,7 +39,7 @@ def recipe():
 
 @pytest.fixture
 def make_model(corpus):
-    """make_model(arm name or Arm, seed=0, **transformer) -> a StudyModel on the generated corpus."""
+    """make_model(arm or its name, seed=0, **transformer) -> a StudyModel for the corpus."""
 
     def make(arm, seed=0, **options):
         arm = ARMS[arm] if isinstance(arm, str) else arm

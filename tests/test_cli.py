@@ -25,7 +25,9 @@ def test_defaults_are_the_published_recipe():
 
 
 def test_values_lists_and_switches():
-    config = parse("--seeds", "3", "5", "--lr", "1e-3", "--no-resume", "--drop-empty", "--limit-train=9")
+    config = parse(
+        "--seeds", "3", "5", "--lr", "1e-3", "--no-resume", "--drop-empty", "--limit-train=9"
+    )
     assert (config.seeds, config.lr, config.limit_train) == ([3, 5], 1e-3, 9)
     assert (config.resume, config.drop_empty, config.smoke) == (False, True, False)
 

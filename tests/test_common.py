@@ -1,4 +1,4 @@
-"""Metrics against brute force, with a planted positive and a random negative; losses and pooling."""
+"""Metrics against brute force, with a planted positive and a random negative; losses."""
 
 from itertools import permutations
 
@@ -53,9 +53,7 @@ def test_lm_loss_equals_torch_in_value_and_gradient(chunk, dtype, tolerance):
     hidden = torch.randn(52, 16, requires_grad=True)
     matrix = (torch.randn(70, 16) * 0.3).requires_grad_()
     rows = torch.tensor([i for i in range(52) if i not in (8, 9, 39, 51)])
-    wanted = F.cross_entropy(
-        hidden[rows] @ matrix.T, batch.tokens[rows + 1], reduction="sum"
-    )
+    wanted = F.cross_entropy(hidden[rows] @ matrix.T, batch.tokens[rows + 1], reduction="sum")
     wanted_grads = torch.autograd.grad(wanted, [hidden, matrix])
     loss = common.lm_loss(hidden, batch, matrix, chunk, dtype)
     grads = torch.autograd.grad(loss.total * 3, [hidden, matrix])
@@ -126,7 +124,9 @@ def test_nearest_centroid_is_kmeans_own_assignment():
 @pytest.mark.parametrize("clusters", [2, 3, 5])
 def test_cluster_accuracy_equals_brute_force_over_mappings(clusters):
     labels, found = RNG.integers(0, 3, 60), RNG.integers(0, clusters, 60)
-    table = np.array([[((labels == c) & (found == k)).sum() for k in range(clusters)] for c in range(3)])
+    table = np.array(
+        [[((labels == c) & (found == k)).sum() for k in range(clusters)] for c in range(3)]
+    )
     square = np.pad(table, ((0, max(0, clusters - 3)), (0, max(0, 3 - clusters))))
     best = max(sum(square[c, k] for c, k in enumerate(p)) for p in permutations(range(len(square))))
     match = common.cluster_accuracy(labels, found)

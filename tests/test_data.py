@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+import batches
 import data
+import sources
 from common import UserError
 from data import AG_NEWS, SST2
 
@@ -259,7 +261,7 @@ def test_unreachable_hub_gives_up_with_the_ways_on(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(data, "HUB_TIMEOUT_S", 0.5)
+    monkeypatch.setattr(sources, "HUB_TIMEOUT_S", 0.5)
     silent = socket.create_server(("127.0.0.1", 0))  # accepts and never answers
     for port in (silent.getsockname()[1], 9):
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
@@ -301,7 +303,7 @@ def test_hub_rows_are_the_specs_own_and_bring_class_names(monkeypatch):
         hidden = part.map(lambda row: {"label": -1})
         return datasets.DatasetDict(train=part, test=hidden, validation=part)
 
-    monkeypatch.setattr(data, "_hub_trouble", lambda hub_id: "")
+    monkeypatch.setattr(sources, "_hub_trouble", lambda hub_id: "")
     monkeypatch.setattr(datasets, "load_dataset", fake)
     own, other = data.load(SST2), data.load(SST2, "some/Moods")
     assert (own.name, own.own, own.evaluation.name) == ("SST-2", True, "validation")
@@ -313,7 +315,7 @@ def test_hub_rows_are_the_specs_own_and_bring_class_names(monkeypatch):
 
 
 def test_vocabulary_is_by_frequency_then_word():
-    vocabulary = data.WordVocabulary.build(["B b A", "a c <pad>"], size=4)
+    vocabulary = batches.WordVocabulary.build(["B b A", "a c <pad>"], size=4)
     assert vocabulary.words == ("<pad>", "<unk>", "a", "b")
     assert len(vocabulary) == 4
     assert vocabulary.encode(["b A  zebra", "<pad>"]) == [[3, 2, 1], [1]]
@@ -321,8 +323,8 @@ def test_vocabulary_is_by_frequency_then_word():
 
 def test_encoded_batches_hold_the_texts():
     corpus = data.generated_corpus()
-    vocabulary = data.WordVocabulary.build(corpus.train.texts)
-    encoded = data.encode(corpus.train, vocabulary.encode, max_tokens=6)
+    vocabulary = batches.WordVocabulary.build(corpus.train.texts)
+    encoded = batches.encode(corpus.train, vocabulary.encode, max_tokens=6)
     ids = vocabulary.encode(corpus.train.texts)
     assert encoded.truncated == sum(len(text) > 6 for text in ids) > 0
     batch = encoded.batch(np.array([7, 3, 250]))
@@ -335,28 +337,28 @@ def test_encoded_batches_hold_the_texts():
     assert part.batch(np.array([1])).tokens.tolist() == ids[250][:6]
     empty = data.Split("train", ("a", "\u200b"), np.array([0, 1]))
     with pytest.raises(UserError, match=r"train row 2: text .* gives no tokens"):
-        data.encode(empty, lambda texts: [[2], []], 6)
+        batches.encode(empty, lambda texts: [[2], []], 6)
 
 
 @pytest.mark.parametrize("window", [0, 1, 5, 50])
 @pytest.mark.parametrize("rows", [1, 64, 1003])
 def test_batch_order_is_a_pure_partition(rows, window):
     lengths = np.random.default_rng(1).integers(1, 60, rows)
-    batches = data.batch_order(lengths, 16, seed=3, epoch=2, window=window)
-    assert sorted(np.concatenate(batches).tolist()) == list(range(rows))
-    assert sorted(map(len, batches), reverse=True)[: rows // 16] == [16] * (rows // 16)
-    again = data.batch_order(lengths, 16, seed=3, epoch=2, window=window)
-    assert all(np.array_equal(a, b) for a, b in zip(batches, again, strict=True))
+    order = batches.batch_order(lengths, 16, seed=3, epoch=2, window=window)
+    assert sorted(np.concatenate(order).tolist()) == list(range(rows))
+    assert sorted(map(len, order), reverse=True)[: rows // 16] == [16] * (rows // 16)
+    again = batches.batch_order(lengths, 16, seed=3, epoch=2, window=window)
+    assert all(np.array_equal(a, b) for a, b in zip(order, again, strict=True))
     if rows > 16:
         for seed, epoch in ((3, 3), (4, 2)):
-            other = data.batch_order(lengths, 16, seed=seed, epoch=epoch, window=window)
-            assert np.concatenate(other).tolist() != np.concatenate(batches).tolist()
+            other = batches.batch_order(lengths, 16, seed=seed, epoch=epoch, window=window)
+            assert np.concatenate(other).tolist() != np.concatenate(order).tolist()
 
 
 def test_windows_sort_between_batches_but_not_within():
     lengths = np.random.default_rng(1).integers(1, 60, 4000)
-    sorted_, random = (data.batch_order(lengths, 40, 0, 0, window=w) for w in (50, 0))
-    spread = [np.mean([np.ptp(lengths[b]) for b in batches]) for batches in (sorted_, random)]
+    sorted_, random = (batches.batch_order(lengths, 40, 0, 0, window=w) for w in (50, 0))
+    spread = [np.mean([np.ptp(lengths[b]) for b in one]) for one in (sorted_, random)]
     assert spread[0] < 5 < 40 < spread[1]
     halves = [lengths[b[:20]].mean() - lengths[b[20:]].mean() for b in sorted_]
     assert abs(np.mean(halves)) < 0.2  # feedback pairs the halves: neither may be the longer
@@ -367,11 +369,11 @@ def test_windows_sort_between_batches_but_not_within():
 def test_eval_order_keeps_the_budget():
     lengths = np.random.default_rng(1).integers(1, 60, 500)
     lengths[7] = 900
-    batches = data.eval_order(lengths, 512)
-    assert sorted(np.concatenate(batches).tolist()) == list(range(500))
-    assert batches[0].tolist() == [7]  # a text above the budget goes alone
-    assert all(lengths[b].sum() <= 512 for b in batches[1:])
-    assert len(batches) < lengths.sum() / 512 * 1.2 + 1
+    order = batches.eval_order(lengths, 512)
+    assert sorted(np.concatenate(order).tolist()) == list(range(500))
+    assert order[0].tolist() == [7]  # a text above the budget goes alone
+    assert all(lengths[b].sum() <= 512 for b in order[1:])
+    assert len(order) < lengths.sum() / 512 * 1.2 + 1
 
 
 def test_generated_corpus_is_learnable_but_noisy():

@@ -12,7 +12,9 @@ import cli
 import experiment
 
 SCRIPT = Path(experiment.__file__)
-GOOD = "sentence,label\n" + "".join(f"a {w} film number {i},{i % 2}\n" for i in range(40) for w in ["good"])
+GOOD = "sentence,label\n" + "".join(
+    f"a {w} film number {i},{i % 2}\n" for i in range(40) for w in ["good"]
+)
 
 
 def test_smoke_run_end_to_end(tmp_path):
@@ -84,7 +86,10 @@ def test_heads_must_divide_the_width(tmp_path, capsys):
 def test_own_texts_train_and_land_in_a_folder_of_their_own(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(experiment, "RESULTS", tmp_path / "results")
     monkeypatch.setattr("study._analyse_and_draw", lambda folder: None)
-    rows = [(f"{'lovely' if i % 2 else 'awful'} thing {i}", "pos" if i % 2 else "neg") for i in range(80)]
+    rows = [
+        (f"{'lovely' if i % 2 else 'awful'} thing {i}", "pos" if i % 2 else "neg")
+        for i in range(80)
+    ]
     path = tmp_path / "Shop Reviews.tsv"
     path.write_text("review\tlabel\n" + "".join(f"{t}\t{y}\n" for t, y in rows))
     words = ["--data", str(path), "--labels", "neg", "pos", "--epochs", "2", "--batch-size", "8",

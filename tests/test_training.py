@@ -129,7 +129,9 @@ def test_all_arms_of_a_seed_see_equal_batches(corpus, make_model, recipe):
 
 
 def test_training_learns_the_generated_corpus(corpus, make_model, recipe):
-    fit = run(Fit(make_model("classification"), dataclasses.replace(recipe, epochs=4), *corpus[:2], 0))
+    fit = run(
+        Fit(make_model("classification"), dataclasses.replace(recipe, epochs=4), *corpus[:2], 0)
+    )
     assert fit.progress.epochs[-1]["eval_accuracy"] > 0.8
     assert len(fit.progress.epochs) == 4
 
@@ -147,7 +149,7 @@ def test_a_stopped_fit_goes_on_bit_for_bit(corpus, make_model, recipe, name):
         saved = []
         part = Fit(make_model(name), recipe, *corpus[:2], 0)
         with pytest.raises(Interrupted):
-            run(part, save=lambda f: saved.append(f.state()), check_stop=check)
+            run(part, save=lambda f, to=saved: to.append(f.state()), check_stop=check)
         kept, rest, progress = saved[-1]
         torch.manual_seed(12345)  # whatever happened since
         again = Fit(make_model(name, seed=9), recipe, *corpus[:2], 0)
@@ -168,9 +170,7 @@ def test_a_non_finite_step_is_not_taken(corpus, make_model, recipe, monkeypatch,
     fit = Fit(make_model("dual"), recipe, *corpus[:2], 0)
     before = weights(fit)
     if where == "loss":
-        monkeypatch.setattr(
-            training, "weighted_loss", lambda m, x: x.cls / 0.0
-        )
+        monkeypatch.setattr(training, "weighted_loss", lambda m, x: x.cls / 0.0)
     else:
         fit.model.head.outer.weight.register_hook(lambda g: g * float("nan"))
     with pytest.raises(NonFiniteError, match=r"dual, seed 0, step 0.*training rows \["):
