@@ -41,6 +41,7 @@ class Config(cli.StudyConfig):
     inner: int = cli.option(256, "feed-forward width", low=1)
     layers: int = cli.option(2, "transformer layers", low=1)
     dropout: float = cli.option(0.1, "dropout of the transformer", low=0.0, high=0.9)
+    embedding_std: float = cli.option(0.02, "of the initial token embedding", above=0.0)
     window: int = cli.option(
         50, "batches whose texts are sorted by length together; 0: random batches", low=0
     )
@@ -92,6 +93,7 @@ def main(argv: Sequence[str], stop: cli.StopSignals) -> None:
             layers=config.layers,
             dropout=config.dropout,
             causal=arm.causal,
+            embedding_std=config.embedding_std,
         )
 
     study = Study(

@@ -60,6 +60,7 @@ class SmallTransformer(nn.Module):
         max_tokens: longest text.
         causal: position t never sees t + 1. False only for the published protocol, whose LM target
             leaked.
+        embedding_std: of the initial token embedding; 1 is torch's default, for comparison.
     """
 
     def __init__(
@@ -72,6 +73,7 @@ class SmallTransformer(nn.Module):
         layers: int = 2,
         dropout: float = 0.1,
         causal: bool = True,
+        embedding_std: float = 0.02,
     ) -> None:
         super().__init__()
         self.hidden_size = width
@@ -88,6 +90,8 @@ class SmallTransformer(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
+        with torch.no_grad():
+            self.embedding.weight.mul_(embedding_std / 0.02)
 
     @property
     def unembedding(self) -> Tensor:
