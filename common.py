@@ -254,16 +254,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
         buffer = rows.new_empty(min(chunk, len(rows)), len(matrix))
         smallest = torch.finfo(torch.float32).tiny
         for start in range(0, len(rows), chunk):
-            part, wanted = rows[start : start + chunk], targets[start : start + chunk].unsqueeze(1)
+            part, wanted = rows[start : start + chunk], targets[start : start + chunk]
+            row = torch.arange(len(wanted), device=hidden.device)
             # softmax computes in float32 inside and may write over its input
             logits = torch.mm(part, matrix.T, out=buffer[: len(part)])
             probabilities = torch.softmax(logits, 1, out=logits)
-            likelihoods = probabilities[: len(wanted)].gather(1, wanted).float()
+            likelihoods = probabilities[row, wanted].float()
             total -= likelihoods.clamp_min(smallest).log().sum()
             if not (needs_hidden or needs_weight):
                 continue
             d_logits = probabilities
-            d_logits[: len(wanted)].scatter_(1, wanted, (likelihoods - 1).to(dtype))
+            d_logits[row, wanted] = (likelihoods - 1).to(dtype)  # scatter_ would copy it all
             if needs_hidden:
                 d_hidden[start : start + chunk] = d_logits @ matrix
             if needs_weight:
@@ -273,14 +274,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
             d_weight = torch.zeros_like(weight, dtype=torch.float32)
         if needs_hidden:
             d_hidden = d_hidden[: len(hidden)]
-        ctx.save_for_backward(d_hidden, d_weight)
-        ctx.dtypes = hidden.dtype, weight.dtype
+        ctx.gradients = (d_hidden, hidden.dtype), (d_weight, weight.dtype)
         return total
 
     @staticmethod
     def backward(ctx, d_total):
-        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        scaled = [None if d is None else d.to(dtype) * d_total.to(dtype) for d, dtype in pairs]
+        pairs, ctx.gradients = ctx.gradients, None  # scaled in place: one backward pass only
+        scaled = [None if d is None else d.to(t).mul_(d_total.to(t)) for d, t in pairs]
         return *scaled, None, None, None
 
 

@@ -43,7 +43,7 @@ class Config(cli.StudyConfig):
     dropout: float = cli.option(0.1, "dropout of the transformer", low=0.0, high=0.9)
     embedding_std: float = cli.option(0.02, "of the initial token embedding", above=0.0)
     window: int = cli.option(
-        50, "batches whose texts are sorted by length together; 0: random batches", low=0
+        0, "batches whose texts are sorted by length together (0: random batches)", low=0
     )
 
 

@@ -45,7 +45,8 @@ class Recipe:
 
     `schedule` "cosine-epoch" sets the rate once an epoch, lr (1 + cos(pi e / epochs)) / 2
     (published small recipe); "cosine" every step after a linear warm-up (published 7B recipe).
-    `window` is how many batches are sorted by length together; 0 keeps the random order.
+    `window` is how many batches are sorted by length together; 0 keeps the random order. Sorting
+    lets the giver of an engram tell the receiver's length, and the engram then learns length.
     """
 
     epochs: int
@@ -55,9 +56,9 @@ class Recipe:
     clip: float
     schedule: str
     warmup: float = 0.0
-    window: int = 50
+    window: int = 0
     eval_tokens: int = 8000
-    lm_chunk: int = 256
+    lm_chunk: int = 512
     lm_dtype: str = "bfloat16"
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,6 +24,51 @@ def dropout_masks(sizes: list[int], rate: float, device: torch.device) -> tuple[
     return keep.to(torch.float32).mul_(1 / (1 - rate)).split(sizes)
 
 
+@dataclass(frozen=True)
+class Groups:
+    """Where the rows of a ragged batch stand when padded for attention, in groups of like length.
+
+    Linear layers see real rows only; attention needs a rectangle. Texts are grouped by length, so
+    the rectangles hold little padding although the batch itself is random.
+
+    Args:
+        rows: (padded rows,) the ragged row at each place, group after group; padding points at
+            row 0, which no real query sees.
+        back: (ragged rows,) the place of each ragged row.
+        shapes: (texts, length) of each group.
+        masks: per group (texts, 1, 1, length), True where a key is real; None when causal, since
+            right padding is then never seen.
+    """
+
+    rows: Tensor
+    back: Tensor
+    shapes: tuple[tuple[int, int], ...]
+    masks: tuple[Tensor | None, ...]
+
+    @classmethod
+    def of(cls, batch: Batch, prefix: bool, causal: bool, count: int = 3) -> Groups:
+        """Group a batch whose ragged rows are its T tokens, then, with a prefix, B prefixes."""
+        before = int(prefix)
+        tokens, device = len(batch.tokens), batch.tokens.device
+        lengths = batch.lengths + before
+        rows, shapes, masks, places = [], [], [], 0
+        back = batch.tokens.new_empty(tokens + before * len(batch))
+        for texts in lengths.argsort(stable=True).chunk(count):
+            size, length = len(texts), int(lengths[texts[-1]])
+            column = torch.arange(length, device=device)
+            real = column < lengths[texts].unsqueeze(1)
+            index = batch.starts[texts].unsqueeze(1) + column - before
+            if prefix:
+                index[:, 0] = tokens + texts
+            index = index.masked_fill(~real, 0)
+            back[index[real]] = places + real.flatten().nonzero().squeeze(1)
+            rows.append(index.flatten())
+            shapes.append((size, length))
+            masks.append(None if causal else real[:, None, None])
+            places += size * length
+        return cls(torch.cat(rows), back, tuple(shapes), tuple(masks))
+
+
 class Block(nn.Module):
     """Pre-norm layer: x += drop(attention(norm(x))); x += drop(W2 drop(GELU(W1 norm(x))))."""
 
@@ -35,17 +82,26 @@ class Block(nn.Module):
         self.up = nn.Linear(width, inner)
         self.down = nn.Linear(inner, width)
 
-    def forward(self, x: Tensor, mask: Tensor | None, drops: tuple | None) -> Tensor:
-        """x (B, L, H); mask (B, 1, 1, L) True where a key may be seen, None: causal."""
-        batch, length, width = x.shape
+    def attention(self, x: Tensor, groups: Groups) -> Tensor:
+        """(rows, H) -> (rows, H), each text attending to itself only."""
+        width = x.shape[1]
+        padded = self.qkv(x).index_select(0, groups.rows)
+        seen, start = [], 0
+        for (texts, length), mask in zip(groups.shapes, groups.masks, strict=True):
+            part = padded[start : start + texts * length]
+            q, k, v = part.view(texts, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+            seen.append(out.transpose(1, 2).reshape(texts * length, width))
+            start += texts * length
+        return self.out(torch.cat(seen).index_select(0, groups.back))
+
+    def forward(self, x: Tensor, groups: Groups, drops: tuple | None) -> Tensor:
+        """(rows, H) -> (rows, H)."""
 
         def drop(y: Tensor, site: int) -> Tensor:
             return y if drops is None else y * drops[site].view_as(y)
 
-        qkv = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, L, width per head)
-        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        x = x + drop(self.out(seen.transpose(1, 2).reshape(batch, length, width)), 0)
+        x = x + drop(self.attention(self.norm1(x), groups), 0)
         return x + drop(self.down(drop(F.gelu(self.up(self.norm2(x))), 1)), 2)
 
 
@@ -103,8 +159,6 @@ class SmallTransformer(nn.Module):
     ) -> Tensor:
         """Hidden states of a packed batch.
 
-        Batches come sorted by length, so the texts are padded to the longest inside.
-
         Args:
             batch: B texts, T tokens.
             prefix: (B, H) state that stands before token 0 of each text.
@@ -112,29 +166,21 @@ class SmallTransformer(nn.Module):
         Returns:
             (T, H) after the final norm, prefix rows left out.
         """
-        before = 0 if prefix is None else 1
-        width = batch.longest + before
-        where = batch.segments * width + batch.positions + before
-        x = batch.tokens.new_zeros(len(batch) * width).index_copy(0, where, batch.tokens)
-        x = self.embedding(x.view(len(batch), width))
+        tokens = len(batch.tokens)
+        x = self.embedding(batch.tokens) + self.position(batch.positions + 1)
         if prefix is not None:
-            x = torch.cat([prefix.unsqueeze(1), x[:, 1:]], 1)
-        x = x + self.position.weight[1 - before : 1 - before + width]
+            x = torch.cat([x, prefix + self.position.weight[0]])
         drops: tuple[Tensor, ...] = ()
         if self.training and self.dropout:
-            cells = len(batch) * width
-            residual, inner = cells * self.hidden_size, cells * self.inner
+            residual, inner = len(x) * self.hidden_size, len(x) * self.inner
             sizes = [residual] + [residual, inner, residual] * len(self.blocks)
             drops = dropout_masks(sizes, self.dropout, x.device)
             x = x * drops[0].view_as(x)
-        mask = None
-        if not self.causal:
-            last = batch.lengths + before
-            mask = torch.arange(width, device=x.device) < last.view(-1, 1, 1, 1)
+        groups = Groups.of(batch, prefix is not None, self.causal)
         if layers is not None:
-            layers.append(x.flatten(0, 1)[where])
+            layers.append(x[:tokens])
         for index, block in enumerate(self.blocks):
-            x = block(x, mask, drops[1 + 3 * index : 4 + 3 * index] or None)
+            x = block(x, groups, drops[1 + 3 * index : 4 + 3 * index] or None)
             if layers is not None:
-                layers.append(x.flatten(0, 1)[where])
-        return self.norm(x.flatten(0, 1)[where])
+                layers.append(x[:tokens])
+        return self.norm(x[:tokens])
