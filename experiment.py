@@ -10,7 +10,6 @@ packaged corpus and writes to results/rotten-tomatoes/. The README states the me
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ import cli
 import data
 from common import Arm
 from study import Study, run_study
+from training import prepare_cpu
 from transformer import SmallTransformer
 
 SPEC = data.SST2
@@ -74,7 +74,7 @@ def results_folder(config: Config, dataset: data.Dataset) -> Path:
 
 def main(argv: Sequence[str], stop: cli.StopSignals) -> None:
     config = cli.parse(Config, argv, __doc__)
-    torch.set_num_threads(config.threads or len(os.sched_getaffinity(0)))
+    prepare_cpu(config.threads)
     if config.width % config.heads:
         raise cli.UserError(
             f"--width {config.width} is not a multiple of --heads {config.heads}. Change one."

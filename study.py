@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -169,8 +170,14 @@ class ResultsFolder:
             # rows without features cannot be analysed: train them again (from their checkpoints)
             self.results["rows"] = {}
             return {}
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in arrays.files}
+        except (BadZipFile, ValueError, EOFError, KeyError) as error:
+            raise UserError(
+                f"{path} is damaged ({error}). Put a good copy back, or delete it: its arms are "
+                "then read again from their checkpoints."
+            ) from None
 
     def has(self, arm: str, seed: int) -> bool:
         return (
@@ -290,7 +297,8 @@ def run_study(study: Study, out: Path, seeds: list[int], stop: StopSignals) -> P
             )
         if todo or "provenance" not in folder.results:
             folder.results |= _header(study, folder)
-            folder.features["labels"] = study.evaluation.labels.numpy()
+        folder.features["labels"] = study.evaluation.labels.numpy()
+        folder.features["lengths"] = study.evaluation.lengths
         for seed, name in todo:
             row, features = _train_one(study, folder, arm_for(config, name), seed, stop)
             folder.results["provenance"]["wall_seconds"] = before + time.monotonic() - started
@@ -350,7 +358,11 @@ def _train_one(
         folder.defaults,
     )
     saved = store.load()
-    if saved is not None:
+    if saved is None:
+        count = sum(p.numel() for p in fit.parameters.values())
+        name = f"{arm.name}, seed {seed}"
+        folder.log(f"{name}: {count:,} trained parameters, {fit.total_steps} steps")
+    else:
         fit.restore(*saved)
         folder.log(
             f"{arm.name}, seed {seed}: going on from step {fit.step_number} of {fit.total_steps}"
@@ -464,7 +476,7 @@ def _summary(arm: str, seed: int, row: dict[str, Any]) -> str:
     if row["engram"]:
         text += f", engram ARI {row['engram']['ari']:.3f}"
         text += f" (predictions {row['final']['predictions_ari']:.3f})"
-    return f"{text}, {row['parameters_trainable']:,} trained parameters"
+    return text
 
 
 def _analyse_and_draw(folder: ResultsFolder) -> None:

@@ -35,7 +35,7 @@ import batches
 import data
 from common import ARMS, MAIN_ARMS, StudyModel
 from study import provenance
-from training import Fit, Recipe, derive_seed, seed_everything
+from training import Fit, Recipe, derive_seed, prepare_cpu, seed_everything
 from transformer import SmallTransformer
 
 PADDED_TO = 64
@@ -160,7 +160,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    prepare_cpu(options.threads)
     dataset = data.load(data.SST2, options.data)
     words = batches.WordVocabulary.build(dataset.train.texts)
     whole = batches.encode(dataset.train, words.encode, PADDED_TO)
