@@ -67,6 +67,7 @@ class StudyConfig:
         high=1.0,
     )
     max_tokens: int = option(64, "longest text in tokens; longer ones are cut and counted", low=2)
+    jobs: int = option(1, "arms trained side by side, each in a process of its own", low=1)
     threads: int | None = option(
         None, "CPU threads (default: all cores); part of a run's identity", low=1
     )
@@ -83,6 +84,7 @@ class StudyConfig:
 
 # Changing these does not make it another run
 FREE = (
+    "jobs",
     "seeds",
     "arms",
     "out",

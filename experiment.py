@@ -74,7 +74,7 @@ def results_folder(config: Config, dataset: data.Dataset) -> Path:
 
 def main(argv: Sequence[str], stop: cli.StopSignals) -> None:
     config = cli.parse(Config, argv, __doc__)
-    prepare_cpu(config.threads)
+    prepare_cpu(config.threads, config.jobs)
     if config.width % config.heads:
         raise cli.UserError(
             f"--width {config.width} is not a multiple of --heads {config.heads}. Change one."

@@ -1,38 +1,32 @@
-"""A results folder and the loop that fills it: every seed, every arm, one row each."""
+"""The loop that fills a results folder: every seed, every arm, one row each."""
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
-import hashlib
-import io
-import json
+import multiprocessing
 import os
-import platform
-import subprocess
+import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import cli
 from batches import Encoded
-from checkpoints import CheckpointStore, differences
+from checkpoints import CheckpointStore
 from cli import FREE, StopSignals, StudyConfig
 from common import (
     ARMS,
     Arm,
     StudyModel,
-    UserError,
     adjusted_rand,
     cluster_accuracy,
     engram_metrics,
@@ -40,10 +34,11 @@ from common import (
     nearest_centroid,
 )
 from data import Dataset
-from files import write_atomic, write_json
+from results import ResultsFolder, commit, provenance
 from training import (
     Evaluation,
     Fit,
+    Interrupted,
     Recipe,
     derive_seed,
     evaluate,
@@ -54,7 +49,6 @@ from training import (
 SCHEMA_VERSION = 1
 FEATURES = ("pooled", "intermediate", "engram", "logits", "layers")
 TRAIN_SAMPLE = 2048  # training texts the train-fitted k-means sees
-PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "transformers", "peft", "bitsandbytes")
 
 
 @dataclass(frozen=True)
@@ -73,175 +67,6 @@ class Study:
     evaluation: Encoded
     make_backbone: Callable[[Arm], torch.nn.Module]
     device: torch.device
-
-
-class ResultsFolder:
-    """results.json, features.npz, log.txt and checkpoints/ of one run; one process at a time.
-
-    Args:
-        folder: made if missing.
-        identity: JSON of everything that makes it this run; another one in the folder is refused.
-        defaults: of identity's keys, for results older than a key.
-        restart: discard what the folder holds.
-    Raises:
-        UserError: not writable, in use, or holding another run.
-    """
-
-    def __init__(self, folder: Path, identity: dict, defaults: dict, restart: bool) -> None:
-        self.folder, self.identity, self.defaults = folder, identity, defaults
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.lock = FileLock(folder / ".lock")
-            self.lock.acquire(timeout=0)
-        except Timeout:
-            holder = (
-                (folder / ".lock.json").read_text() if (folder / ".lock.json").exists() else "?"
-            )
-            raise UserError(
-                f"{folder} is in use by {holder.strip()}. Wait for it, or use another --out."
-            ) from None
-        except OSError as error:
-            raise UserError(
-                f"cannot write to {folder} ({error.strerror}). Pass a writable --out."
-            ) from None
-        try:
-            started = datetime.now(UTC).isoformat(timespec="seconds")
-            holder = f"process {os.getpid()} on {platform.node()} since {started}"
-            write_atomic(folder / ".lock.json", holder.encode())
-            self.results = self._read(restart)
-            self.features = self._read_features()
-            self.log_file = (folder / "log.txt").open("a", buffering=1)
-        except OSError as error:
-            self.lock.release()
-            raise UserError(
-                f"cannot write to {folder} ({error.strerror}). Pass a writable --out."
-            ) from None
-        except BaseException:
-            self.lock.release()
-            raise
-
-    def __enter__(self) -> ResultsFolder:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.log_file.close()
-        self.lock.release()
-
-    @property
-    def path(self) -> Path:
-        return self.folder / "results.json"
-
-    @property
-    def fingerprint(self) -> str:
-        """sha256 of the identity."""
-        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
-
-    def _read(self, restart: bool) -> dict[str, Any]:
-        for stray in self.folder.glob(".*.tmp"):
-            stray.unlink(missing_ok=True)
-        if restart:
-            print(f"--restart: discarding the run in {self.folder}", file=sys.stderr)
-            for path in (self.path, self.folder / "features.npz"):
-                path.unlink(missing_ok=True)
-            for path in sorted((self.folder / "checkpoints").glob("*/*")):
-                path.unlink()
-        if not self.path.exists():
-            return {"rows": {}}
-        try:
-            results = json.loads(self.path.read_text())
-            held = results["identity"]
-            results["rows"], results["provenance"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(
-                f"{self.path} is not a whole results file ({error}). Put a good copy back, or pass "
-                "--restart to discard it."
-            ) from None
-        changed = differences(held, self.identity, self.defaults)
-        if changed:
-            raise UserError(
-                f"{self.folder} holds another run ({'; '.join(changed)}). "
-                "Use another --out, or pass --restart to discard it."
-            )
-        return results
-
-    def _read_features(self) -> dict[str, np.ndarray]:
-        path = self.folder / "features.npz"
-        if not path.exists():
-            # rows without features cannot be analysed: train them again (from their checkpoints)
-            self.results["rows"] = {}
-            return {}
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                return {name: arrays[name] for name in arrays.files}
-        except (BadZipFile, ValueError, EOFError, KeyError) as error:
-            raise UserError(
-                f"{path} is damaged ({error}). Put a good copy back, or delete it: its arms are "
-                "then read again from their checkpoints."
-            ) from None
-
-    def has(self, arm: str, seed: int) -> bool:
-        return (
-            str(seed) in self.results["rows"].get(arm, {})
-            and f"{arm}/{seed}/pooled" in self.features
-        )
-
-    def add(self, arm: str, seed: int, row: dict, features: Mapping[str, np.ndarray]) -> None:
-        """Write one finished row; features first, so a row in results.json means both are there."""
-        self.features.update({f"{arm}/{seed}/{name}": value for name, value in features.items()})
-        self.write_features()
-        self.results["rows"].setdefault(arm, {})[str(seed)] = row
-        self.write()
-
-    def write(self) -> None:
-        write_json(self.path, self.results)
-
-    def write_features(self) -> None:
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, **dict(sorted(self.features.items())))
-        write_atomic(self.folder / "features.npz", buffer.getvalue())
-
-    def log(self, line: str) -> None:
-        """Print a line and keep it in log.txt."""
-        self.log_file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {line}\n")
-        tqdm.write(line)
-
-
-def _git(*words: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-def provenance(device: torch.device) -> dict[str, Any]:
-    """Where numbers come from: commit, dirty code, argv, versions, hardware, start."""
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    changed = _git("status", "--porcelain", "--", "*.py", "requirements.txt")
-    processor = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        processor = names[0] if names else processor
-    hardware = {"processor": processor, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-    if device.type == "cuda":
-        hardware["gpu"] = torch.cuda.get_device_name(device)
-    return {
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": None if changed is None else bool(changed),
-        "argv": sys.argv,
-        "versions": versions,
-        "hardware": hardware,
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "wall_seconds": 0.0,
-    }
 
 
 def arm_for(config: StudyConfig, name: str) -> Arm:
@@ -299,13 +124,67 @@ def run_study(study: Study, out: Path, seeds: list[int], stop: StopSignals) -> P
             folder.results |= _header(study, folder)
         folder.features["labels"] = study.evaluation.labels.numpy()
         folder.features["lengths"] = study.evaluation.lengths
-        for seed, name in todo:
-            row, features = _train_one(study, folder, arm_for(config, name), seed, stop)
+        for (seed, name), (row, features) in _finished(study, folder, todo, stop):
             folder.results["provenance"]["wall_seconds"] = before + time.monotonic() - started
             folder.add(name, seed, row, features)
             folder.log(_summary(name, seed, row))
         _analyse_and_draw(folder)
     return out
+
+
+Task = tuple[int, str]
+Trained = tuple[dict[str, Any], dict[str, np.ndarray]]
+_shared: dict[str, Any] = {}  # what forked workers inherit
+
+
+def _finished(
+    study: Study, folder: ResultsFolder, todo: list[Task], stop: StopSignals
+) -> Iterator[tuple[Task, Trained]]:
+    """Train the (seed, arm) of `todo`, here or in --jobs processes, each as it is done.
+
+    Raises:
+        Interrupted: after a signal, once every worker has saved.
+    """
+    jobs = min(study.config.jobs, len(todo))
+    if jobs <= 1:
+        for seed, name in todo:
+            yield (seed, name), _train_one(study, folder, arm_for(study.config, name), seed, stop)
+        return
+    _shared.update(study=study, folder=folder, stop=stop)
+    context = multiprocessing.get_context("fork")  # the data is inherited, not sent
+    with ProcessPoolExecutor(jobs, context, initializer=_start_worker) as pool:
+        running = {pool.submit(_work, *task): task for task in todo}
+        interrupted = None
+        while running:
+            done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
+            for future in done:
+                task = running.pop(future)
+                try:
+                    result = future.result()
+                except Interrupted as error:
+                    interrupted = error
+                else:
+                    yield task, result
+            if stop.received is not None and interrupted is None:
+                interrupted = Interrupted(signal.Signals(stop.received).name)
+                running = {f: task for f, task in running.items() if not f.cancel()}
+                for child in multiprocessing.active_children():
+                    os.kill(child.pid, signal.SIGTERM)
+        if interrupted is not None:
+            raise Interrupted(interrupted.reason)
+
+
+def _start_worker() -> None:
+    """The parent alone answers Ctrl-C; a worker never outlives it, and lets go of the lock."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def _work(seed: int, name: str) -> Trained:
+    study, folder, stop = (_shared[key] for key in ("study", "folder", "stop"))
+    return _train_one(study, folder, arm_for(study.config, name), seed, stop)
 
 
 def _header(study: Study, folder: ResultsFolder) -> dict[str, Any]:
@@ -367,7 +246,7 @@ def _train_one(
         folder.log(
             f"{arm.name}, seed {seed}: going on from step {fit.step_number} of {fit.total_steps}"
         )
-    with _Reporter(folder, fit) as reporter:
+    with _Reporter(folder, fit, plain=study.config.jobs > 1) as reporter:
         fit.run(lambda f: store.save(f.step_number, *f.state()), reporter, stop.check)
     zero = evaluate(model, study.evaluation, study.recipe, collect=FEATURES, check_stop=stop.check)
     features = _rounded(zero.features) | initial | _compressor_arrays(model, "")
@@ -401,6 +280,7 @@ def _row(
     labels = study.evaluation.labels.numpy()
     predictions = features["logits"].argmax(1)
     row = {
+        "commit": commit(),
         "parameters_trainable": sum(p.numel() for p in fit.parameters.values()),
         "parameters_total": sum(p.numel() for p in model.parameters()),
         "epochs": fit.progress.epochs,
@@ -429,7 +309,7 @@ def _row(
 class _Reporter:
     """A progress bar with ETA on a terminal; on anything else a plain line every half minute."""
 
-    def __init__(self, folder: ResultsFolder, fit: Fit) -> None:
+    def __init__(self, folder: ResultsFolder, fit: Fit, plain: bool) -> None:
         self.folder, self.said = folder, time.monotonic()
         self.name = f"{fit.model.arm.name}, seed {fit.seed}"
         self.first, self.started = fit.step_number, time.monotonic()
@@ -437,7 +317,7 @@ class _Reporter:
             total=fit.total_steps,
             initial=fit.step_number,
             desc=self.name,
-            disable=None,  # off unless stderr is a terminal
+            disable=plain or None,  # None: off unless stderr is a terminal
             unit="step",
             dynamic_ncols=True,
         )
@@ -482,7 +362,6 @@ def _summary(arm: str, seed: int, row: dict[str, Any]) -> str:
 def _analyse_and_draw(folder: ResultsFolder) -> None:
     """The numbers are safe by now: a figure that cannot be drawn is a warning, not a loss."""
     import analysis
-
     import report
 
     started = time.monotonic()

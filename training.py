@@ -78,13 +78,13 @@ def derive_seed(seed: int, purpose: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:8], "big") >> 1
 
 
-def prepare_cpu(threads: int | None) -> None:
-    """Set the number of threads (None: every core this process may use) and flush denormals.
+def prepare_cpu(threads: int | None, jobs: int = 1) -> None:
+    """Set the threads (None: the cores this process may use, shared by jobs); flush denormals.
 
     AdamW's first moment of a rare word's embedding decays into denormals and stays there: at this
     size the optimizer step then takes ten times as long.
     """
-    torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // jobs))
     torch.set_flush_denormal(True)
 
 

@@ -104,6 +104,25 @@ def test_a_signal_saves_and_a_rerun_goes_on(whole, tmp_path, capfd, number, code
     assert timeless(tmp_path) == whole
 
 
+def test_jobs_side_by_side_give_the_same_bytes(whole, tmp_path):
+    assert finish(tmp_path, "--jobs", "3") == 0
+    assert timeless(tmp_path) == whole
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_jobs_survive_signals(whole, tmp_path, number):
+    child = run_in_child(tmp_path, "--jobs", "2", slow=0.02)
+    until = time.monotonic() + 20
+    while not list(tmp_path.glob("checkpoints/*/*.json")) and time.monotonic() < until:
+        time.sleep(0.02)
+    os.kill(child.pid, number)
+    child.join(20)
+    assert child.exitcode == {15: 143, 2: 130, 9: -9}[number]
+    time.sleep(0.2)  # the kernel ends the workers of a killed parent
+    assert finish(tmp_path, "--jobs", "2") == 0
+    assert timeless(tmp_path) == whole
+
+
 def test_finished_arms_are_kept_and_new_ones_added(whole, tmp_path):
     assert finish(tmp_path, "--arms", "dual_engram") == 0
     made = json.loads((tmp_path / "results.json").read_text())["rows"]["dual_engram"]["0"]

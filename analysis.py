@@ -1,0 +1,561 @@
+"""What are the clusters owed to? Controls A0 to A9 and the contrasts, from saved features alone.
+
+`analyse` clusters every representation of every run, sets a random compressor, the compressor's own
+initial weights and PCA beside it, resamples items and seeds, and hands the contrasts to the rules
+of claims.py. The same arrays give the same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+from sklearn.exceptions import ConvergenceWarning
+
+import measures
+from claims import CONTRASTS, Contrast, Evidence, against_published, verdicts
+from common import (
+    adjusted_mutual_information,
+    adjusted_rand,
+    cluster_accuracy,
+    cosine_gap,
+    kmeans,
+)
+from inference import (
+    Statistic,
+    adjust,
+    ari_statistic,
+    cosine_gap_draws,
+    crossed,
+    difference_p,
+    equivalence,
+    exchange_p,
+    interval,
+    item_weights,
+    mcnemar,
+    partition_stability,
+    resample,
+    share_statistic,
+)
+
+
+FLOOR = "untrained"  # its engram is a random compressor on an untrained network: A6
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of the analysis; printed with its results.
+
+    Args:
+        restarts: of k-means for an engram and what is compared with it; layer_restarts: for the
+            states of single layers; band_restarts: for each random compressor, and for the trained
+            one where it is compared with them.
+        band_draws: random compressors a run. resamples: of seeds and items. cosine_resamples: of
+            those, for cosine gaps. band_cosine_draws: random compressors whose gap is resampled.
+        stability_refits: resamples on which k-means is refitted.
+        silhouette_items, cluster_items, probe_items, rank_items: at most so many items, drawn once,
+            for silhouettes, for A7, for linear probes, and for every rank (872: SST-2's validation
+            set, so ranks of both data sets are at equal N).
+        mixture_dims: principal components that the Gaussian mixtures of A7 see; most_clusters: the
+            largest k that A7 tries.
+    """
+
+    restarts: int = 50
+    layer_restarts: int = 10
+    band_restarts: int = 5
+    band_draws: int = 50
+    resamples: int = 10_000
+    cosine_resamples: int = 1000
+    band_cosine_draws: int = 10
+    stability_refits: int = 20
+    silhouette_items: int = 1000
+    cluster_items: int = 2000
+    probe_items: int = 2000
+    rank_items: int = 872
+    mixture_dims: int = 10
+    most_clusters: int = 10
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm and seed.
+
+    Args:
+        predictions: (N,) int, codes of the labels; -1 for a class that no item has.
+        representations: (N, width) float32 each, by name.
+        tap: the representation that the compressor read, or would have.
+        initial: (N, E), the engram that the compressor's initial weights give on the final tap.
+        weights: final and initial W, (E, in) each.
+    """
+
+    arm: str
+    seed: int
+    predictions: np.ndarray
+    representations: dict[str, np.ndarray]
+    tap: str | None = None
+    initial: np.ndarray | None = None
+    weights: tuple[np.ndarray, np.ndarray] | None = None
+
+
+def read_runs(features: Mapping[str, np.ndarray]) -> tuple[np.ndarray, list[Run]]:
+    """Labels (N,) as codes 0..C-1 and the runs that have logits, by arm and seed.
+
+    An array with a value that is not finite is left out.
+
+    Raises:
+        ValueError: runs without labels, or on another number of items.
+    """
+    names = sorted(
+        {tuple(key.split("/")[:2]) for key in features if key.endswith("/logits")},
+        key=lambda name: (name[0], int(name[1])),
+    )
+    if names and "labels" not in features:
+        raise ValueError("features hold runs but no 'labels'. Write the (N,) labels beside them.")
+    classes, labels = np.unique(features.get("labels", np.zeros(0, int)), return_inverse=True)
+    runs = []
+    for arm, seed in names:
+        here = f"{arm}/{seed}/"
+        parts = {k[len(here) :]: v for k, v in features.items() if k.startswith(here)}
+        predictions = np.asarray(parts["logits"]).argmax(1)
+        if len(predictions) != len(labels):
+            raise ValueError(
+                f"{arm}/{seed} has {len(predictions)} items, the labels {len(labels)}. "
+                "Write every run on the same items."
+            )
+        codes = np.searchsorted(classes, predictions).clip(max=len(classes) - 1)
+        predictions = np.where(classes[codes] == predictions, codes, -1)
+        layers = parts.get("layers", np.zeros((0, 0, 0)))
+        found = {n: parts[n] for n in ("engram", "intermediate", "pooled") if n in parts}
+        found |= {f"layer {i}": layers[:, i] for i in range(layers.shape[1])}
+        found = {n: x.astype(np.float32) for n, x in found.items() if np.isfinite(x).all()}
+        tap = initial = weights = None
+        if "engram" not in parts:
+            tap = "intermediate" if "intermediate" in found else None
+        elif "engram" in found and {"W", "b"} <= parts.keys():
+            tap = _tap(found, parts["W"], parts["b"])
+        if tap and {"W0", "b0"} <= parts.keys():
+            initial = np.tanh(found[tap] @ parts["W0"].T + parts["b0"])
+            weights = parts["W"], parts["W0"]
+        runs.append(Run(arm, int(seed), predictions, found, tap, initial, weights))
+    return labels, runs
+
+
+def _tap(found: Mapping[str, np.ndarray], weight: np.ndarray, bias: np.ndarray) -> str | None:
+    """What the compressor read: of equal widths, the one that gives the engram back."""
+    width = weight.shape[1]
+    fits = [n for n in ("intermediate", "pooled") if n in found and found[n].shape[1] == width]
+    errors = [np.abs(np.tanh(found[n] @ weight.T + bias) - found["engram"]).mean() for n in fits]
+    return fits[int(np.argmin(errors))] if fits else None
+
+
+@dataclass
+class Scores:
+    """Every quantity by (arm, quantity) and seed: its value and its item-resampled draws."""
+
+    weights: np.ndarray
+    seed: int
+    values: dict[tuple[str, str], dict[int, float]] = field(default_factory=dict)
+    draws: dict[tuple[str, str], dict[int, np.ndarray]] = field(default_factory=dict)
+
+    def add(self, run: Run, name: str, value: float, draws: Statistic | np.ndarray | None = None):
+        """Keep a finite value, and its draws: those given, or a statistic's under the weights."""
+        if value is None or not math.isfinite(value):
+            return
+        self.values.setdefault((run.arm, name), {})[run.seed] = float(value)
+        if isinstance(draws, Statistic):
+            draws = resample(draws, self.weights)
+        if draws is not None:
+            self.draws.setdefault((run.arm, name), {})[run.seed] = draws
+
+    def seeds(self, arm: str, name: str) -> dict[int, float]:
+        return self.values.get((arm, name), {})
+
+    def pair(self, first: tuple[str, str], second: tuple[str, str] | float):
+        """Seeds both have, their differences (S,) and crossed draws of the mean difference."""
+        ours = self.seeds(*first)
+        constant = isinstance(second, float)
+        theirs = dict.fromkeys(ours, second) if constant else self.seeds(*second)
+        seeds = sorted(ours.keys() & theirs.keys())
+        values = np.array([ours[s] - theirs[s] for s in seeds])
+        held, other = self.draws.get(first, {}), {} if constant else self.draws.get(second, {})
+        if not seeds or not all(s in held and (constant or s in other) for s in seeds):
+            return seeds, values, None
+        columns = [held[s] - (second if constant else other[s]) for s in seeds]
+        return seeds, values, crossed(np.column_stack(columns), self.seed)
+
+    def interval(self, arm: str, name: str) -> dict:
+        """Mean over seeds: crossed bootstrap where items were resampled, else Student's t."""
+        _, values, draws = self.pair((arm, name), 0.0)
+        return asdict(interval(values, draws))
+
+
+def analyse(
+    features: Mapping[str, np.ndarray],
+    results: Mapping,
+    seed: int = 0,
+    published: Mapping | None = None,
+    settings: Settings | None = None,
+) -> dict:
+    """Controls, contrasts and claims of one results folder.
+
+    Args:
+        features: arrays of features.npz by key; any subset of arms, seeds and layers.
+        results: results.json as far as there is one: rows (A9), dataset, backbone, and `evidence`,
+            intervals {claim id: {mean, low, high, n_seeds}} that other scripts measured.
+        seed: of resamples and random compressors.
+        published: that study's figures; default results["published"].
+    Returns:
+        {settings, controls, contrasts, claims}, JSON values without NaN.
+    Raises:
+        ValueError: features without labels, or a run of another length.
+    """
+    settings = settings or Settings()
+    published = published if published is not None else results.get("published") or {}
+    labels, runs = read_runs(features)
+    scores = Scores(item_weights(len(labels), settings.resamples if runs else 0, seed), seed)
+    bands, counts = {}, {}
+    engrams = [r.representations["engram"] for r in runs if "engram" in r.representations]
+    with warnings.catch_warnings():
+        # fewer distinct points than clusters: an engram that never moved; its ARI says so
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        for run in runs:
+            _score(run, labels, scores, settings)
+            if run.arm == FLOOR:
+                continue
+            if engrams and run.tap:
+                width = run.representations.get("engram", engrams[0]).shape[1]
+                bands[run.arm, run.seed] = _band(run, labels, width, scores, settings)
+            if "engram" in run.representations and len(labels) > settings.most_clusters:
+                counts[run.arm, run.seed] = _clusterings(run, labels, scores, settings)
+    for arm, by_seed in results.get("rows", {}).items():
+        for run_seed, row in by_seed.items():
+            stub = Run(arm, int(run_seed), np.zeros(0), {})
+            for mode, figures in ((row.get("final") or {}).get("modes") or {}).items():
+                for name in ("accuracy", "lm_loss"):
+                    scores.add(stub, f"{mode}.{name}", figures.get(name))
+    controls = list(_controls(runs, scores, bands, counts, settings))
+    dataset = results.get("dataset", {})
+    asked = (*CONTRASTS, *against_published(published))
+    slug = dataset.get("slug")
+    contrasts = adjust([_contrast(c, scores, bands, runs, labels, slug) for c in asked])
+    evidence = Evidence(
+        contrasts={row["id"]: row for row in contrasts},
+        controls=controls,
+        classes=len(np.unique(labels)),
+        slug=slug,
+        dataset=dataset.get("name", ""),
+        backbone=results.get("backbone", ""),
+        measured=results.get("evidence", {}),
+        published=published,
+    )
+    out = {
+        "settings": asdict(settings) | {"seed": seed, "items": len(labels)},
+        "controls": controls,
+        "contrasts": contrasts,
+        "claims": verdicts(evidence),
+    }
+    return _plain(out)
+
+
+def _score(run: Run, labels, scores: Scores, settings: Settings) -> None:
+    """A0, A2, A3, A4: cluster every representation of a run and score the clusters."""
+    predicted_ari = adjusted_rand(labels, run.predictions)
+    predicted = resample(ari_statistic(labels, run.predictions + 1), scores.weights)
+    scores.add(run, "predictions.ari", predicted_ari, predicted)
+    right = run.predictions == labels
+    scores.add(run, "accuracy", right.mean(), share_statistic(right))
+    k = int(labels.max()) + 1
+
+    def fit(x, name, restarts):
+        clusters = kmeans(x, k, run.seed, restarts).clusters
+        ari = adjusted_rand(labels, clusters)
+        drawn = resample(ari_statistic(labels, clusters), scores.weights)
+        scores.add(run, f"{name}.ari", ari, drawn)
+        scores.add(run, f"{name}.excess_ari", ari - predicted_ari, drawn - predicted)
+        match = cluster_accuracy(labels, clusters)
+        mapped = np.array([match.mapping.get(c, -1) for c in range(k)])[clusters]
+        scores.add(
+            run, f"{name}.cluster_accuracy", match.accuracy, share_statistic(mapped == labels)
+        )
+        return clusters
+
+    for name, x in run.representations.items():
+        restarts = settings.layer_restarts if name.startswith("layer") else settings.restarts
+        clusters = fit(x, name, restarts)
+        found = measures.measure(
+            x,
+            clusters,
+            labels,
+            run.predictions,
+            settings.silhouette_items,
+            settings.probe_items,
+            settings.rank_items,
+        )
+        for metric, value in asdict(found).items():
+            if metric not in ("ari", "cluster_accuracy"):
+                scores.add(run, f"{name}.{metric}", value)
+    if "engram" not in run.representations:
+        return
+    engram = run.representations["engram"]
+    weights = scores.weights[: settings.cosine_resamples]
+    for metric, centre in (("cosine_gap", False), ("centred_cosine_gap", True)):
+        gaps = cosine_gap_draws(engram, labels, weights, centre)
+        if (run.arm, f"engram.{metric}") in scores.values and np.isfinite(gaps).all():
+            scores.draws.setdefault((run.arm, f"engram.{metric}"), {})[run.seed] = gaps
+    stability = partition_stability(
+        engram, k, run.seed, settings.stability_refits, settings.band_restarts
+    )
+    scores.add(run, "engram.stability", stability)
+    if run.initial is not None:
+        fit(run.initial, "initial", settings.restarts)
+        final, start = (w.astype(np.float64) for w in run.weights)
+        scores.add(
+            run, "initial.relative_distance", np.linalg.norm(final - start) / np.linalg.norm(start)
+        )
+        cosine = (final * start).sum() / (np.linalg.norm(final) * np.linalg.norm(start))
+        scores.add(run, "initial.cosine", cosine)
+    if run.tap:
+        tap, width = run.representations[run.tap], engram.shape[1]
+        fit(measures.principal_components(tap, width), "pca", settings.restarts)
+        fit(measures.principal_components(tap, width, whiten=True), "whitened", settings.restarts)
+
+
+_BAND_METRICS = ("ari", "ami", "cluster_accuracy", "cosine_gap", "centred_cosine_gap")
+
+
+def _band(run: Run, labels, width: int, scores: Scores, settings: Settings) -> dict:
+    """A1: the metrics of random compressors on a run's own tap, (J,) each; the trained one's."""
+    tap, k = run.representations[run.tap], int(labels.max()) + 1
+    # one stream a seed: arms of a seed are met by the same random compressors
+    rng = np.random.default_rng([scores.seed, run.seed])
+    weights = scores.weights[: settings.cosine_resamples]
+
+    def measure(x):
+        clusters = kmeans(x, k, run.seed, settings.band_restarts).clusters
+        raw, centred = cosine_gap(x, labels), cosine_gap(x, labels, centre=True)
+        return clusters, {
+            "ari": adjusted_rand(labels, clusters),
+            "ami": adjusted_mutual_information(labels, clusters),
+            "cluster_accuracy": cluster_accuracy(labels, clusters).accuracy,
+            "cosine_gap": raw.within - raw.between,
+            "centred_cosine_gap": centred.within - centred.between,
+        }
+
+    found, partitions, gaps = [], [], []
+    trained = "engram" in run.representations
+    for draw in range(settings.band_draws):
+        code = measures.random_compressor(tap, width, rng)
+        clusters, figures = measure(code)
+        found.append(figures)
+        partitions.append(clusters)
+        if trained and draw < settings.band_cosine_draws:
+            gaps.append(cosine_gap_draws(code, labels, weights, centre=True))
+    band = {name: np.array([figures[name] for figures in found]) for name in _BAND_METRICS}
+    out = {"draws": band, "trained": None}
+    for name, values in band.items():
+        if name not in ("ari", "centred_cosine_gap"):
+            scores.add(run, f"random.{name}", values.mean())
+    if not trained:
+        scores.add(run, "random.ari", band["ari"].mean())
+        scores.add(run, "random.centred_cosine_gap", band["centred_cosine_gap"].mean())
+        return out
+    scores.add(run, "random.ari", band["ari"].mean(), ari_statistic(labels, np.stack(partitions)))
+    centred = band["centred_cosine_gap"]
+    # resampled on some of the random compressors, moved to the mean of all of them
+    shift = centred.mean() - centred[: len(gaps)].mean()
+    scores.add(run, "random.centred_cosine_gap", centred.mean(), np.mean(gaps, 0) + shift)
+    clusters, out["trained"] = measure(run.representations["engram"])
+    scores.add(run, "trained.ari", out["trained"]["ari"], ari_statistic(labels, clusters))
+    return out
+
+
+def _clusterings(run: Run, labels, scores: Scores, settings: Settings) -> measures.ClusterCounts:
+    """A7: the engram's own number of clusters, and other ways to cluster it at k = C."""
+    rows = measures.sample_rows(len(labels), settings.cluster_items)
+    x, wanted, k = run.representations["engram"][rows], labels[rows], int(labels.max()) + 1
+    points = measures.mixture_input(x, settings.mixture_dims)
+    partitions = {
+        "spherical k-means": measures.spherical_kmeans(x, k, run.seed, settings.layer_restarts),
+        "Gaussian mixture": measures.mixture(points, k, run.seed).predict(points),
+        "Ward": measures.ward(x, k),
+    }
+    for name, clusters in partitions.items():
+        scores.add(run, f"{name}.ari", adjusted_rand(wanted, clusters))
+    return measures.best_cluster_count(
+        x,
+        run.seed,
+        settings.band_restarts,
+        settings.mixture_dims,
+        settings.silhouette_items,
+        settings.most_clusters,
+    )
+
+
+def _controls(runs, scores, bands, counts, settings) -> Iterator[dict]:
+    """The rows of the controls table, one a (control, arm, representation)."""
+
+    def row(control, name, arm, quantity, representation="engram", metrics=("ari",), **extra):
+        return {
+            "control": control,
+            "name": name,
+            "arm": arm,
+            "representation": representation,
+            **{metric: scores.interval(arm, f"{quantity}.{metric}") for metric in metrics},
+            **extra,
+            "seeds": {
+                str(seed): {
+                    metric: scores.seeds(arm, f"{quantity}.{metric}").get(seed)
+                    for metric in metrics
+                }
+                for seed in sorted(scores.seeds(arm, f"{quantity}.{metrics[0]}"))
+            },
+        }
+
+    own = ("ari", "excess_ari", *(m for m in measures.Metrics.__annotations__ if m != "ari"))
+    for arm in dict.fromkeys(run.arm for run in runs):
+        floor = arm == FLOOR
+        if not floor:
+            excess = scores.interval(arm, "engram.excess_ari")
+            yield row("A0", "predictions", arm, "predictions", "logits") | {"excess_ari": excess}
+        banded = {s: band for (a, s), band in bands.items() if a == arm}
+        if banded:
+            yield _band_row(arm, banded, settings)
+        if not floor:
+            if scores.seeds(arm, "initial.ari"):
+                metrics = ("ari", "excess_ari", "relative_distance", "cosine")
+                yield row("A2", "initial weights", arm, "initial", metrics=metrics)
+            for name, quantity in (("PCA", "pca"), ("whitened PCA", "whitened")):
+                if scores.seeds(arm, f"{quantity}.ari"):
+                    yield row("A3", name, arm, quantity, metrics=("ari", "excess_ari"))
+        held = dict.fromkeys(n for run in runs if run.arm == arm for n in run.representations)
+        for name in held:
+            metrics = (*own, "stability") if name == "engram" else own
+            restarts = settings.layer_restarts if name.startswith("layer") else settings.restarts
+            control, title = ("A6", "untrained") if floor else ("A4", "trained")
+            yield row(control, title, arm, name, name, metrics, restarts=restarts)
+        if not floor:
+            for name in ("spherical k-means", "Gaussian mixture", "Ward"):
+                if scores.seeds(arm, f"{name}.ari"):
+                    yield row("A7", name, arm, name)
+            counted = {str(s): asdict(c) for (a, s), c in counts.items() if a == arm}
+            if counted:
+                yield {
+                    "control": "A7",
+                    "name": "best number of clusters",
+                    "arm": arm,
+                    "representation": "engram",
+                    "ari": None,
+                    "seeds": counted,
+                }
+    modes = dict.fromkeys(
+        (arm, q.split(".")[0]) for arm, q in scores.values if q.endswith(".lm_loss")
+    )
+    for arm, mode in modes:
+        metrics = ("accuracy", "lm_loss")
+        yield {"ari": None} | row("A9", f"{mode} engram", arm, mode, "prefix", metrics)
+
+
+def _band_row(arm: str, banded: Mapping[int, dict], settings: Settings) -> dict:
+    """Random compressors' mean and 2.5th and 97.5th percentile in each seed, averaged over seeds.
+
+    Averaged, not pooled: pooled draws would add the spread between seeds to the band.
+    """
+    seeds = {}
+    for seed, band in sorted(banded.items()):
+        seeds[str(seed)] = {"trained": band["trained"]}
+        for name, draws in band["draws"].items():
+            low, high = np.quantile(draws, [0.025, 0.975])
+            seeds[str(seed)][name] = {"mean": draws.mean(), "low": low, "high": high}
+            if band["trained"]:
+                below = (draws < band["trained"][name]) + 0.5 * (draws == band["trained"][name])
+                seeds[str(seed)][name]["percentile"] = 100 * below.mean()
+    row = {"control": "A1", "name": "random compressor", "arm": arm, "representation": "engram"}
+    for name in _BAND_METRICS:
+        row[name] = {
+            part: float(np.mean([s[name][part] for s in seeds.values()]))
+            for part in ("mean", "low", "high")
+        } | {"n_seeds": len(seeds)}
+        if all(band["trained"] for band in banded.values()):
+            percentiles = [s[name]["percentile"] for s in seeds.values()]
+            row[name]["trained_percentile"] = float(np.mean(percentiles))
+    return row | {
+        "draws": settings.band_draws,
+        "restarts": settings.band_restarts,
+        "seeds": seeds,
+    }
+
+
+def _contrast(spec: Contrast, scores: Scores, bands, runs, labels, slug) -> dict:
+    """One row of the contrasts table; a contrast without its arms is "not measured"."""
+    row = {
+        "id": spec.id,
+        "name": spec.name,
+        "family": spec.family,
+        "estimate": None,
+        "low": None,
+        "high": None,
+        "p": None,
+        "p_adjusted": None,
+        "method": "not measured",
+        "n_seeds": 0,
+        "n_items": None,
+        "equivalence": None,
+        "seeds": {},
+    }
+    seeds, values, draws = scores.pair(spec.first, spec.second)
+    if not seeds or (spec.slug and spec.slug != slug):
+        return row
+    found, margin = interval(values, draws), spec.margin
+    if spec.relative:
+        margin *= float(np.mean([scores.seeds(*spec.second)[s] for s in seeds]))
+    if draws is not None:
+        how = "crossed bootstrap over seeds and items" if len(seeds) > 1 else "item bootstrap"
+    else:
+        how = "Student t over seeds, items fixed"
+    if spec.band:
+        drawn = [bands[spec.first[0], s] for s in seeds]
+        trained = np.array([band["trained"][spec.band] for band in drawn])
+        p = exchange_p(trained, np.stack([band["draws"][spec.band] for band in drawn]), scores.seed)
+        how += "; p: exchange of the trained with random compressors"
+    else:
+        p = difference_p(values, draws)
+        if draws is not None and len(seeds) > 1:
+            how += "; p: the larger of the bootstrap's and Student's t over seeds"
+    row |= {
+        "estimate": found.mean,
+        "low": found.low,
+        "high": found.high,
+        "p": p,
+        "method": how,
+        "n_seeds": len(seeds),
+        "n_items": len(labels),
+        "equivalence": margin and equivalence(values, draws, margin),
+        "seeds": dict(zip(map(str, seeds), values.tolist(), strict=True)),
+    }
+    if row["equivalence"]:
+        row["equivalence"] = asdict(row["equivalence"])
+    if spec.first[1] == "accuracy":
+        row["mcnemar"] = _mcnemar(spec, seeds, runs, labels)
+    return row
+
+
+def _mcnemar(spec: Contrast, seeds: list[int], runs: list[Run], labels: np.ndarray) -> dict:
+    right = {(run.arm, run.seed): run.predictions == labels for run in runs}
+    arms = spec.first[0], spec.second[0]
+    return {str(s): asdict(mcnemar(*(right[arm, s] for arm in arms))) for s in seeds}
+
+
+def _plain(value):
+    """JSON values: numpy scalars become numbers, keys text, and what is not finite null."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

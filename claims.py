@@ -1,0 +1,524 @@
+"""What is asked and by which rule it is answered: fixed here, as data, before any number.
+
+CONTRASTS are the comparisons, the six primary ones first; CLAIMS are the rows of the verdict table.
+A rule sees an `Evidence` and answers supported, not supported or not decided. What was not measured
+decides nothing, nor do fewer than MIN_SEEDS seeds: one pair of networks says nothing about arms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from inference import ACCURACY_MARGIN, ALPHA, ARI_MARGIN, RANK_MARGIN
+
+MIN_SEEDS = 3
+SUPPORTED, REFUTED, OPEN = "supported", "not supported", "not decided"
+M1, M2, M3, B1, B2 = (
+    *("classification", "dual", "dual_engram"),
+    *("classification_engram", "lm_only_engram"),
+)
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """first - second, paired by seed.
+
+    Args:
+        first, second: (arm, quantity); second may be a number.
+        margin: within +- this the difference counts as none; a share of second where `relative`.
+        band: the metric whose random compressors second averages; p is then the exchange test's.
+        slug: the one data set that it is about.
+    """
+
+    id: str
+    name: str
+    first: tuple[str, str]
+    second: tuple[str, str] | float
+    margin: float | None
+    band: str | None = None
+    relative: bool = False
+    slug: str | None = None
+
+    @property
+    def family(self) -> str:
+        return "primary" if self.id.startswith("P") else "exploratory"
+
+
+def _same(id: str, name: str, quantity: str, first: str, second: str, margin, **more) -> Contrast:
+    return Contrast(
+        id, f"{name}, {quantity}", (first, quantity), (second, quantity), margin, **more
+    )
+
+
+def _beside(id: str, name: str, arm: str, first: str, second: str, **more) -> Contrast:
+    return Contrast(id, name, (arm, first), (arm, second), ARI_MARGIN, **more)
+
+
+_RANK = {"quantity": "pooled.effective_rank", "margin": RANK_MARGIN, "relative": True}
+_ACCURACY = {"quantity": "accuracy", "margin": ACCURACY_MARGIN}
+_TUNED = {"first": "dual_tuned", "second": "classification_tuned"} | _ACCURACY
+CONTRASTS = (
+    _beside("P1", "trained - random compressor, ARI", M3, "trained.ari", "random.ari", band="ari"),
+    _same("P2", "Model 3 - Model 1 + engram", "engram.excess_ari", M3, B1, ARI_MARGIN),
+    _same("P3", "Model 2 - Model 1, tuned rates, SST-2", **_TUNED, slug="sst2"),
+    _same("P4", "Model 2 - Model 1, tuned rates, AG News", **_TUNED, slug="agnews"),
+    _same("P5", "Model 3 - Model 2", first=M3, second=M2, **_ACCURACY),
+    _same("P6", "Model 2 - Model 1", first=M2, second=M1, **_RANK),
+    _same("E1", "Model 2 - Model 1, the recipe's rate", first=M2, second=M1, **_ACCURACY),
+    _same("E2", "Model 3 - Model 1, the recipe's rate", first=M3, second=M1, **_ACCURACY),
+    Contrast("E3", "engram - predictions, ARI", (M3, "engram.excess_ari"), 0.0, ARI_MARGIN),
+    _beside("E4", "trained - initial weights, ARI", M3, "engram.ari", "initial.ari"),
+    _beside("E5", "engram - PCA, ARI", M3, "engram.ari", "pca.ari"),
+    _beside("E6", "engram - whitened PCA, ARI", M3, "engram.ari", "whitened.ari"),
+    _beside(  # a cosine gap lives on the scale of an ARI, so it takes the ARI's margin
+        "E7",
+        "trained - random compressor, centred cosine gap",
+        M3,
+        "engram.centred_cosine_gap",
+        "random.centred_cosine_gap",
+        band="centred_cosine_gap",
+    ),
+    _beside("E8", "LM only: trained - random, ARI", B2, "trained.ari", "random.ari", band="ari"),
+    _same("E9", "Model 3 - Model 2", first=M3, second=M2, **_RANK),
+    _same("E10", "Model 3 - untrained", "engram.ari", M3, "untrained", ARI_MARGIN),
+    # at the same depth; the excess takes the arms' accuracies out
+    _same("E11", "Model 2 - Model 1", "intermediate.excess_ari", M2, M1, ARI_MARGIN),
+    _same("E12", "Model 3 - Model 1", "intermediate.excess_ari", M3, M1, ARI_MARGIN),
+    _same("E13", "Model 2 - Model 1", "pooled.excess_ari", M2, M1, ARI_MARGIN),
+    _same("E14", "Model 3 - Model 1", "pooled.excess_ari", M3, M1, ARI_MARGIN),
+    Contrast(
+        "E15",
+        "own - shuffled engram, accuracy",
+        (M3, "own.accuracy"),
+        (M3, "shuffled.accuracy"),
+        ACCURACY_MARGIN,
+    ),
+    Contrast(
+        "E16", "own - shuffled engram, LM loss", (M3, "own.lm_loss"), (M3, "shuffled.lm_loss"), None
+    ),
+)
+
+
+def against_published(published: Mapping) -> tuple[Contrast, ...]:
+    """The contrasts that need a published figure: E17, the engram's cluster accuracy."""
+    value = _published(published, M3, "cluster_accuracy")
+    if value is None:
+        return ()
+    quantity = (M3, "engram.cluster_accuracy")
+    name = "cluster accuracy - published"
+    return (Contrast("E17", name, quantity, float(value), ACCURACY_MARGIN),)
+
+
+def _published(published: Mapping, arm: str, field: str) -> float | None:
+    """A published figure of an arm, of a curve its last epoch."""
+    value = (published.get("arms") or {}).get(arm, {}).get(field)
+    return value[-1] if isinstance(value, list) else value
+
+
+def _published_gain(first: str, second: str) -> Callable[[Mapping], float | None]:
+    def gain(published):
+        a, b = (_published(published, arm, "val_accuracy") for arm in (first, second))
+        return None if a is None or b is None else round(a - b, 6)
+
+    return gain
+
+
+def _published_ranks(published: Mapping) -> dict | None:
+    return published.get("effective_rank")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the rules see.
+
+    Args:
+        contrasts: rows by id, adjusted; controls: rows.
+        classes: C. slug, dataset, backbone: as in results.json.
+        measured: {claim id: {mean, low, high, n_seeds}} from other scripts; above 0 is in favour.
+        published: that study's block of the published figures.
+    """
+
+    contrasts: Mapping[str, Mapping]
+    controls: Sequence[Mapping]
+    classes: int
+    slug: str | None
+    dataset: str
+    backbone: str
+    measured: Mapping[str, Mapping]
+    published: Mapping
+
+    def control(self, control: str, name: str, arm: str, representation: str = "engram") -> Mapping:
+        """The control's row, empty if there is none."""
+        wanted = (control, name, arm, representation)
+        for row in self.controls:
+            if (row["control"], row["name"], row["arm"], row["representation"]) == wanted:
+                return row
+        return {}
+
+    @property
+    def engram(self) -> Mapping:
+        return self.control("A4", "trained", M3)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One of SUPPORTED, REFUTED, OPEN, and why in a few words."""
+
+    verdict: str
+    because: str
+
+
+def decide(row: Mapping | None, direction: int = 1) -> Verdict:
+    """Whether a contrast supports a difference in a direction (1 or -1).
+
+    Supported: adjusted p below ALPHA, the interval on that side of 0. Not supported: the same on
+    the other side, or equivalence shown. A missing effect alone decides nothing.
+    """
+    if not row or row["estimate"] is None:
+        return Verdict(OPEN, f"{row['id']} not measured" if row else "not measured")
+    name, seeds = row["id"], row["n_seeds"]
+    if seeds < MIN_SEEDS:
+        return Verdict(OPEN, f"{name}: {seeds} of {MIN_SEEDS} seeds")
+    low, high = row["low"], row["high"]
+    if row["p_adjusted"] < ALPHA and (low > 0 or high < 0):
+        if low * direction > 0:
+            return Verdict(SUPPORTED, f"{name} is significant")
+        return Verdict(REFUTED, f"{name} is significant the other way")
+    if row["equivalence"] and row["equivalence"]["equivalent"]:
+        return Verdict(REFUTED, f"{name}: equivalent within the margin")
+    return Verdict(OPEN, f"{name}: neither a difference nor equivalence shown")
+
+
+def decide_interval(interval: Mapping | None, floor: float = 0.0, none: float = 0.0) -> Verdict:
+    """Supported: the interval lies above `floor`; not supported: it lies below `none`."""
+    if not interval or interval.get("mean") is None or interval.get("low") is None:
+        return Verdict(OPEN, "not measured")
+    if interval["n_seeds"] < MIN_SEEDS:
+        return Verdict(OPEN, f"{interval['n_seeds']} of {MIN_SEEDS} seeds")
+    if interval["low"] > floor:
+        return Verdict(SUPPORTED, "the interval lies above the floor")
+    if interval["high"] < none:
+        return Verdict(REFUTED, "the interval lies below what would count")
+    return Verdict(OPEN, "the interval holds both")
+
+
+def every(*parts: Verdict) -> Verdict:
+    """Supported when each part is; not supported as soon as one is not."""
+    for answer in (REFUTED, OPEN):
+        because = [part.because for part in parts if part.verdict == answer]
+        if because:
+            return Verdict(answer, "; ".join(because))
+    return Verdict(SUPPORTED, "; ".join(part.because for part in parts))
+
+
+def some(*parts: Verdict) -> Verdict:
+    """Supported as soon as one part is; not supported when none is and none is open."""
+    for answer in (SUPPORTED, OPEN):
+        because = [part.because for part in parts if part.verdict == answer]
+        if because:
+            return Verdict(answer, "; ".join(because))
+    return Verdict(REFUTED, "; ".join(part.because for part in parts))
+
+
+def _clusters_at_all(e: Evidence) -> Verdict:
+    floor = (e.control("A6", "untrained", "untrained").get("ari") or {}).get("high") or 0.0
+    return decide_interval(e.engram.get("ari"), floor=max(0.0, floor), none=ARI_MARGIN)
+
+
+def _because_of_objective(e: Evidence) -> Verdict:
+    row = e.contrasts.get("E4")
+    moved = decide(row)
+    if moved.verdict == SUPPORTED and row["estimate"] <= ARI_MARGIN:
+        moved = Verdict(REFUTED, "E4: the initial weights do as well but for less than the margin")
+    return every(*(decide(e.contrasts.get(i)) for i in ("P1", "P2", "E5", "E6")), moved)
+
+
+def _zero_supervision(e: Evidence) -> Verdict:
+    if (row := e.contrasts.get("E8")) and row["estimate"] is not None:
+        return decide(row)
+    excess = decide(e.contrasts.get("E3"))
+    if excess.verdict == REFUTED:
+        return Verdict(REFUTED, "E3: the clusters hold no more than the supervised predictions")
+    return Verdict(OPEN, "E8 not measured; the labels reach the layer that is compressed")
+
+
+def _most_salient(e: Evidence) -> Verdict:
+    counts = e.control("A7", "best number of clusters", M3).get("seeds", {})
+    if len(counts) < MIN_SEEDS:
+        return Verdict(OPEN, f"A7: {len(counts)} of {MIN_SEEDS} seeds")
+    ari = decide_interval(e.engram.get("ari"), floor=ARI_MARGIN, none=ARI_MARGIN)
+    if ari.verdict == REFUTED:
+        return Verdict(REFUTED, "the engram's clusters are not the classes")
+    right = [
+        sum(count[f"best_{by}"] == e.classes for count in counts.values())
+        for by in ("silhouette", "bic")
+    ]
+    if max(right) * 2 < len(counts):
+        return Verdict(REFUTED, "A7: neither criterion finds as many clusters as classes")
+    found = f"A7: k = C in {right[0]} (silhouette), {right[1]} (BIC) of {len(counts)} seeds"
+    if e.measured.get("most_salient"):
+        return every(decide_interval(e.measured["most_salient"]), ari)
+    return Verdict(OPEN, f"{found}; no rival label")
+
+
+def _cosine_gap(e: Evidence) -> Verdict:
+    return every(decide_interval(e.engram.get("centred_cosine_gap")), decide(e.contrasts.get("E7")))
+
+
+def _grows(e: Evidence) -> Verdict:
+    small, large = e.contrasts.get("P3"), e.contrasts.get("P4")
+    for row in (small, large):
+        if not row or row["estimate"] is None or row["n_seeds"] < MIN_SEEDS:
+            return Verdict(OPEN, "P3 and P4 not both measured at this scale")
+    if large["low"] > small["high"]:
+        return Verdict(SUPPORTED, "P4's interval lies above P3's")
+    if large["high"] < small["low"]:
+        return Verdict(REFUTED, "P4's interval lies below P3's")
+    return Verdict(OPEN, "the intervals of P3 and P4 overlap")
+
+
+def _leaves_rank(e: Evidence) -> Verdict:
+    row = e.contrasts.get("E9")
+    if not row or row["estimate"] is None or row["n_seeds"] < MIN_SEEDS:
+        return Verdict(OPEN, decide(row).because)
+    if row["equivalence"] and row["equivalence"]["equivalent"]:
+        return Verdict(SUPPORTED, "E9: equivalent within the margin")
+    if row["p_adjusted"] < ALPHA:
+        return Verdict(REFUTED, "E9: the rank moves")
+    return Verdict(OPEN, "E9: neither a difference nor equivalence shown")
+
+
+def _same_on_both(e: Evidence) -> Verdict:
+    row = e.contrasts.get("E17")
+    if not row or row["estimate"] is None or row["n_seeds"] < MIN_SEEDS:
+        return Verdict(OPEN, decide(row).because)
+    if row["equivalence"]["equivalent"]:
+        return Verdict(SUPPORTED, "E17: the published figure within the margin")
+    if row["p_adjusted"] < ALPHA:
+        return Verdict(REFUTED, "E17: another figure than the published one")
+    return Verdict(OPEN, "E17: neither a difference nor equivalence shown")
+
+
+def _small_hurts(e: Evidence) -> Verdict:
+    if "from scratch" not in e.backbone:
+        return Verdict(OPEN, "not the small scale")
+    return decide(e.contrasts.get("P5"), direction=-1)
+
+
+def _own_gain(e: Evidence) -> str | None:
+    return {"sst2": "P3", "agnews": "P4"}.get(e.slug)
+
+
+def _any_task(e: Evidence) -> Verdict:
+    here = _because_of_objective(e)
+    if here.verdict == REFUTED:
+        return Verdict(REFUTED, f"does not hold here ({here.because})")
+    return Verdict(OPEN, "one data set cannot show it")
+
+
+def _keep_lm_head(e: Evidence) -> Verdict:
+    return some(decide(e.contrasts.get("P2")), decide(e.contrasts.get(_own_gain(e))))
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A row of the verdict table.
+
+    Args:
+        published: figure of the study's block, or None.
+        contrast: id of the contrast it turns on; ours: an interval instead of the contrast's.
+        band: metric whose random compressors are the control band.
+    """
+
+    id: str
+    claim: str
+    rule: Callable[[Evidence], Verdict]
+    would_decide: str
+    published: Callable[[Mapping], object] = lambda published: None
+    contrast: str | None = None
+    ours: Callable[[Evidence], Mapping | None] | None = None
+    band: str | None = None
+
+
+def _of(arm: str, *fields: str) -> Callable[[Mapping], object]:
+    def read(published):
+        found = {field: _published(published, arm, field) for field in fields}
+        if None in found.values():
+            return None
+        return found if len(fields) > 1 else found[fields[0]]
+
+    return read
+
+
+def _on(id: str, direction: int = 1) -> Callable[[Evidence], Verdict]:
+    return lambda e: decide(e.contrasts.get(id), direction)
+
+
+def _elsewhere(id: str) -> Callable[[Evidence], Verdict]:
+    return lambda e: decide_interval(e.measured.get(id))
+
+
+_TUNE = "arms classification_tuned and dual_tuned, 3 seeds or more"
+CLAIMS = (
+    Claim(
+        "clusters_at_all",
+        "the engram clusters at all",
+        _clusters_at_all,
+        "more seeds, or an engram whose ARI lies further from 0",
+        _of(M3, "ari"),
+        "E10",
+        lambda e: e.engram.get("ari"),
+        "ari",
+    ),
+    Claim(
+        "because_of_objective",
+        "it clusters because of the dual objective",
+        _because_of_objective,
+        "arm classification_engram (P2), more seeds",
+        _of(M3, "ari"),
+        "P1",
+        band="ari",
+    ),
+    Claim(
+        "zero_supervision",
+        "it clusters with zero supervision",
+        _zero_supervision,
+        "arm lm_only_engram (B2), 3 seeds or more",
+        _of(M3, "ari"),
+        "E8",
+        lambda e: e.control("A4", "trained", B2).get("ari"),
+    ),
+    Claim(
+        "most_salient",
+        "it finds the most salient dimension",
+        _most_salient,
+        "the two-label test (C)",
+        ours=lambda e: e.measured.get("most_salient"),
+    ),
+    Claim(
+        "same_on_both",
+        "cluster accuracy is the published figure on both data sets",
+        _same_on_both,
+        "both data sets at the published scale, 3 seeds or more",
+        _of(M3, "cluster_accuracy"),
+        "E17",
+        lambda e: e.engram.get("cluster_accuracy"),
+        "cluster_accuracy",
+    ),
+    Claim(
+        "cosine_gap",
+        "cosines are higher within classes than between",
+        _cosine_gap,
+        "more seeds",
+        _of(M3, "cosine_within", "cosine_between"),
+        "E7",
+        lambda e: e.engram.get("centred_cosine_gap"),
+        "centred_cosine_gap",
+    ),
+    Claim(
+        "dual_gain_sst2",
+        "the dual objective gains accuracy on SST-2",
+        _on("P3"),
+        _TUNE,
+        _published_gain(M2, M1),
+        "P3",
+    ),
+    Claim(
+        "dual_gain_agnews",
+        "the dual objective gains accuracy on AG News",
+        _on("P4"),
+        _TUNE,
+        _published_gain(M2, M1),
+        "P4",
+    ),
+    Claim(
+        "gain_grows",
+        "the gain grows with the task",
+        _grows,
+        "P3 and P4 at one scale",
+        ours=lambda e: None,
+    ),
+    Claim(
+        "engram_delta",
+        "the engram adds accuracy",
+        _on("P5"),
+        "more seeds and items: the published difference is a few items",
+        _published_gain(M3, M2),
+        "P5",
+    ),
+    Claim(
+        "rank_collapse",
+        "classification alone collapses the rank",
+        _on("P6"),
+        "more seeds",
+        _published_ranks,
+        "P6",
+    ),
+    Claim(
+        "engram_leaves_rank",
+        "the engram leaves the rank alone",
+        _leaves_rank,
+        "more seeds",
+        _published_ranks,
+        "E9",
+    ),
+    Claim(
+        "small_engram_hurts",
+        "at small scale the engram hurts",
+        _small_hurts,
+        "the small study, more seeds",
+        _published_gain(M3, M2),
+        "P5",
+    ),
+    Claim(
+        "gradient_mechanism",
+        "the bottleneck is a gradient-weighted projection",
+        _elsewhere("gradient_mechanism"),
+        "the gradient audit (B14)",
+        ours=lambda e: e.measured.get("gradient_mechanism"),
+    ),
+    Claim(
+        "any_task",
+        "it holds on any classification task",
+        _any_task,
+        "more data sets; one counterexample is enough",
+        contrast="P1",
+    ),
+    Claim(
+        "keep_lm_head",
+        "keep the LM head",
+        _keep_lm_head,
+        "arm classification_engram (P2) and tuned rates (P3, P4)",
+        contrast="P2",
+    ),
+)
+
+
+def _row(claim: Claim, e: Evidence) -> dict:
+    contrast = e.contrasts.get(claim.contrast) or {}
+    ours = claim.ours(e) if claim.ours else contrast
+    ours = ours or {}
+    mean = ours.get("mean", ours.get("estimate"))
+    own = {part: ours.get(part) for part in ("low", "high")}
+    band = e.control("A1", "random compressor", M3).get(claim.band) if claim.band else None
+    found = claim.rule(e)
+    right_data = not claim.id.startswith("dual_gain") or _own_gain(e) == claim.contrast
+    return {
+        "id": claim.id,
+        "claim": claim.claim,
+        "published": claim.published(e.published) if right_data else None,
+        "ours": {"mean": mean, **own, "n": ours.get("n_seeds", 0)},
+        "control_band": band and {part: band[part] for part in ("low", "high")},
+        "contrast": claim.contrast,
+        "p_adjusted": contrast.get("p_adjusted"),
+        "scale": f"{e.backbone}; {e.dataset}".strip("; ") or None,
+        "verdict": found.verdict,
+        "because": found.because,
+        "would_decide": None if found.verdict != OPEN else claim.would_decide,
+    }
+
+
+def verdicts(evidence: Evidence) -> list[dict]:
+    """The rows of the verdict table, one a claim, in CLAIMS' order."""
+    return [_row(claim, evidence) for claim in CLAIMS]
