@@ -78,10 +78,11 @@ def analyse(folder: Path) -> None:
     """Repeat the analysis of a folder from features.npz and store it in results.json."""
     from analysis import analyse as run  # here: it loads torch, which --check must not need
 
-    results, features = read_study(folder).results, features_of(folder)
+    study, features = read_study(folder), features_of(folder)
+    results = study.results
     if results is None or not features:
         raise ReportError(f"{folder} lacks results.json or features.npz. Run the experiment first.")
-    results["analysis"] = run(dict(features), results)
+    results["analysis"] = run(dict(features), results, published=study.published)
     write_json(folder / "results.json", results)
 
 

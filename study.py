@@ -363,9 +363,13 @@ def _analyse_and_draw(folder: ResultsFolder) -> None:
     """The numbers are safe by now: a figure that cannot be drawn is a warning, not a loss."""
     import analysis
     import report
+    from schema import read_study
 
     started = time.monotonic()
-    folder.results["analysis"] = analysis.analyse(folder.features, folder.results)
+    published = read_study(folder.folder).published
+    folder.results["analysis"] = analysis.analyse(
+        folder.features, folder.results, published=published
+    )
     folder.write()
     folder.log(f"analysis: {time.monotonic() - started:.1f} s")
     started = time.monotonic()

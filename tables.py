@@ -47,7 +47,8 @@ class Interval:
     def __str__(self) -> str:
         if self.low is None:
             return f"{self.mean:.3f} (n = {self.n})"
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}] ({self.n} seeds)"
+        seeds = "1 seed" if self.n == 1 else f"{self.n} seeds"
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}] ({seeds})"
 
 
 def interval(values: list[float]) -> Interval:
@@ -229,7 +230,43 @@ KINDS = {
     ),
     "arms": (*_ACCURACY, *_CLUSTERS),
 }
-_NAME = re.compile(rf"((?:{'|'.join(KEYS)})(?:/\S+)?)-({'|'.join(KINDS)}|provenance)")
+ANALYSES = {  # kind: columns of the list of that name in `analysis`
+    "controls": (
+        ("control", "control"),
+        ("what", "name"),
+        ("arm", "arm"),
+        ("representation", "representation"),
+        ("ARI", "ari"),
+        ("excess ARI", "excess_ari"),
+        ("cluster accuracy", "cluster_accuracy"),
+        ("centred cosine gap", "centred_cosine_gap"),
+        ("effective rank", "effective_rank"),
+        ("linear probe", "probe"),
+    ),
+    "contrasts": (
+        ("", "id"),
+        ("family", "family"),
+        ("contrast", "name"),
+        ("difference", ""),
+        ("p", "p"),
+        ("adjusted p", "p_adjusted"),
+        ("equivalent", "equivalence"),
+        ("method", "method"),
+    ),
+    "claims": (
+        ("claim", "claim"),
+        ("published", "published"),
+        ("ours", "ours"),
+        ("control band", "control_band"),
+        ("contrast", "contrast"),
+        ("adjusted p", "p_adjusted"),
+        ("verdict at this scale", "verdict"),
+        ("because", "because"),
+        ("what would decide it", "would_decide"),
+    ),
+}
+_OTHERS = ("provenance", *ANALYSES)
+_NAME = re.compile(rf"((?:{'|'.join(KEYS)})(?:/\S+)?)-({'|'.join((*KINDS, *_OTHERS))})")
 
 
 def table(
@@ -249,12 +286,17 @@ def table(
     if name == "benchmark-small":
         return _benchmark(shown, benchmark)
     if not (parts := _NAME.fullmatch(name)):
-        known = f"KEY-KIND, KEY {' '.join(KEYS)} or KEY/FOLDER, KIND {' '.join(KINDS)} provenance"
+        kinds = " ".join((*KINDS, *_OTHERS))
+        known = f"KEY-KIND, KEY {' '.join(KEYS)} or KEY/FOLDER, KIND {kinds}"
         raise ReportError(f"there is no table {name!r}. Expected benchmark-small or {known}.")
     key, kind = parts.groups()
     results = studies[key].results if key in studies else None
+    if kind in _OTHERS and not results:
+        return f"{MISSING.capitalize()}.\n"
     if kind == "provenance":
-        return _provenance(results) if results else f"{MISSING.capitalize()}.\n"
+        return _provenance(results)
+    if kind in ANALYSES:
+        return _analysis(results, kind)
     measured, columns = results["rows"] if results else {}, KINDS[kind]
     rows = ["dual_engram"] if kind == "engram" else list(MAIN_ARMS)
     rows += [arm for arm in measured if kind == "arms" or arm in PUBLISHED_AS]
@@ -279,6 +321,39 @@ def table(
 def _markdown(header: list[str], rows: Iterable[list[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _analysis(results: Mapping, kind: str) -> str:
+    """One of the lists of `analysis`, columns that hold nothing left out."""
+    columns, listed = ANALYSES[kind], results["analysis"].get(kind, [])
+    rows = [[_cell(row.get(key) if key else row, key) for _, key in columns] for row in listed]
+    kept = [i for i in range(len(columns)) if any(row[i] != NONE for row in rows)]
+    body = _markdown([columns[i][0] for i in kept], ([row[i] for i in kept] for row in rows))
+    return f"{subject(results)}; means with 95 % intervals.\n\n{body}"
+
+
+def _cell(value, key: str) -> str:
+    """A JSON value of `analysis` as a table shows it."""
+    if value is None:
+        return NONE
+    if key == "arm":
+        return title_of(value)
+    if isinstance(value, Mapping):
+        if "equivalent" in value:
+            return f"{'yes' if value['equivalent'] else 'no'} (within {_text(value['margin'])})"
+        mean = value.get("mean", value.get("estimate"))
+        low, high = value.get("low"), value.get("high")
+        if mean is None and low is not None:
+            return f"{_text(low)} to {_text(high)}"
+        if "mean" in value and mean is None:
+            return NONE
+        if mean is None:
+            found = {k: _cell(v, "") for k, v in value.items() if v is not None}
+            return ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in found.items()) or NONE
+        return str(Interval(mean, low, high, value.get("n_seeds", value.get("n", 1))))
+    if isinstance(value, float):
+        return f"< {0.001:.3f}" if key in ("p", "p_adjusted") and value < 0.001 else _text(value)
+    return str(value)
 
 
 def _provenance(results: Mapping) -> str:

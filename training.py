@@ -7,24 +7,17 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from batches import Encoded, batch_order, eval_order
-from common import (
-    Batch,
-    Outputs,
-    StudyModel,
-    UserError,
-    classification_loss,
-    feedback_partners,
-    lm_loss,
-    mean_pool,
-)
+from common import Batch, StudyModel, UserError, mean_pool
+from parts import Losses, batch_losses, parts_of, run_part, weighted_loss
 
+UNREAD_STEPS = 20  # steps whose figures may wait on a GPU
 EVAL_MODES = ("zero", "own", "shuffled", "mean", "no_prefix")
 
 
@@ -61,6 +54,7 @@ class Recipe:
     eval_tokens: int = 8000
     lm_chunk: int = 512
     lm_dtype: str = "bfloat16"
+    micro_batch_tokens: int = 0  # of one pass; 0: the whole step's
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
         """The rate of optimizer step `step` (from 0): a pure function, so no scheduler is saved."""
@@ -91,71 +85,6 @@ def prepare_cpu(threads: int | None, jobs: int = 1) -> None:
 def seed_everything(seed: int, purpose: str) -> None:
     """Seed torch's generators (all devices); nothing else here draws from a global generator."""
     torch.manual_seed(derive_seed(seed, purpose))
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Sums over a batch: classification (nats), texts, next token (nats), targets, correct."""
-
-    cls: Tensor
-    texts: int
-    lm: Tensor
-    targets: int
-    correct: Tensor
-
-
-def forward_passes(model: StudyModel, batch: Batch) -> list[tuple[Batch, Outputs]]:
-    """Run a batch as the arm's feedback rule says; one entry per pass.
-
-    "next", "detached", "same_class": the first half with a zero engram, the second with the first
-    half's engrams. "self": every text twice, with a zero engram and then with its own. "off": zero
-    engrams. Without a prefix position: once.
-    """
-    feedback = model.arm.feedback
-    if not model.arm.has_prefix or feedback == "off":
-        return [(batch, model(batch, model.zero_engram(batch)))]
-    if feedback == "self":
-        first = model(batch, model.zero_engram(batch))
-        return [(batch, first), (batch, model(batch, first.engram))]
-    first_texts, second_texts, source = feedback_partners(feedback, batch.labels)
-    first_batch = batch.take(first_texts)
-    first = model(first_batch, model.zero_engram(first_batch))
-    if not len(second_texts):
-        return [(first_batch, first)]
-    engrams = first.engram.detach() if feedback == "detached" else first.engram
-    engrams = engrams[source.clamp_min(0)] * (source >= 0).unsqueeze(1)
-    second_batch = batch.take(second_texts)
-    return [(first_batch, first), (second_batch, model(second_batch, engrams))]
-
-
-def batch_losses(
-    model: StudyModel, passes: list[tuple[Batch, Outputs]], recipe: Recipe, dtype: torch.dtype
-) -> Losses:
-    """Sum the losses of the passes of one batch; the LM loss only if the arm trains it."""
-    cls = [classification_loss(out.logits, batch.labels) for batch, out in passes]
-    device = cls[0].total.device
-    lm = []
-    if model.arm.lm_weight:
-        matrix = model.backbone.unembedding
-        lm = [lm_loss(out.hidden, b, matrix, recipe.lm_chunk, dtype) for b, out in passes]
-    correct = [(out.logits.argmax(1) == batch.labels).sum() for batch, out in passes]
-    return Losses(
-        cls=sum(part.total for part in cls),
-        texts=sum(part.count for part in cls),
-        lm=sum((part.total for part in lm), torch.zeros((), device=device)),
-        targets=sum(part.count for part in lm),
-        correct=sum(correct),
-    )
-
-
-def weighted_loss(model: StudyModel, losses: Losses) -> Tensor:
-    """cls_weight * mean over texts + lm_weight * mean over target tokens of the whole batch.
-
-    A batch of one-token texts has no target: its LM term is 0, not 0 / 0.
-    """
-    arm = model.arm
-    lm = losses.lm / max(1, losses.targets)
-    return arm.cls_weight * losses.cls / losses.texts + arm.lm_weight * lm
 
 
 @dataclass
@@ -202,7 +131,7 @@ def evaluate(
     collect: tuple[str, ...] = (),
     check_stop: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Score a split without gradients, in float32, by length-sorted batches.
+    """Score a split without gradients, in the backbone's own type, by length-sorted batches.
 
     Args:
         model: any arm's model.
@@ -225,7 +154,8 @@ def evaluate(
         own = model.zero_engram(batch) if engrams is None else engrams[batch.items]
         layers: list[Tensor] | None = [] if "layers" in collect else None
         out = model(batch, own if prefix else None, layers)
-        totals.add(batch_losses(model, [(batch, out)], recipe, torch.float32), len(batch.tokens))
+        dtype = model.backbone.unembedding.dtype
+        totals.add(batch_losses(model, [(batch, out)], recipe, dtype), len(batch.tokens))
         order.append(items)
         for name in collect:
             value = getattr(out, name, None)
@@ -280,6 +210,19 @@ class Progress:
         return cls(**{**saved, "totals": Totals(**saved["totals"])})
 
 
+@dataclass(frozen=True)
+class _Step:
+    """Figures of one step, maybe still on the GPU."""
+
+    number: int
+    losses: Losses
+    loss: Tensor
+    norm: Tensor
+    rate: float
+    items: list[int]
+    tokens: int
+
+
 class Fit:
     """One (arm, seed) being trained; `state()` and `restore()` make it resumable at any step.
 
@@ -304,6 +247,10 @@ class Fit:
         self.progress = Progress()
         self.steps_per_epoch = -(-len(train) // recipe.batch_size)
         self.device = next(model.parameters()).device
+        self.unread: list[_Step] = []
+        if self.device.type == "cuda":
+            self.optimizer.grad_scale = None
+            self.optimizer.found_inf = torch.zeros((), device=self.device)
         seed_everything(seed, "dropout")
 
     @property
@@ -320,6 +267,7 @@ class Fit:
 
     def state(self) -> tuple[dict[str, Tensor], dict, dict]:
         """Weights by name; optimizer and generator state; Progress as JSON."""
+        self.settle()
         weights = {name: p.detach().cpu() for name, p in self.parameters.items()}
         rest = {"optimizer": self.optimizer.state_dict(), "rng": torch.get_rng_state()}
         if torch.cuda.is_available():
@@ -342,24 +290,50 @@ class Fit:
 
     def step(self, batch: Batch) -> None:
         """One optimizer step; raises NonFiniteError before the weights can take a bad one."""
-        rate = self.recipe.learning_rate(self.step_number, self.steps_per_epoch)
+        arm, recipe = self.model.arm, self.recipe
+        rate = recipe.learning_rate(self.step_number, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        passes = forward_passes(self.model, batch)
-        losses = batch_losses(self.model, passes, self.recipe, getattr(torch, self.recipe.lm_dtype))
-        loss = weighted_loss(self.model, losses)
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.recipe.clip)
-        if not (torch.isfinite(loss) and torch.isfinite(norm)):
-            raise NonFiniteError(
-                f"{self.model.arm.name}, seed {self.seed}, step {self.step_number}: loss "
-                f"{loss:.4g} (classification {losses.cls:.4g} / {losses.texts} texts, next token "
-                f"{losses.lm:.4g} / {losses.targets} targets), gradient norm {norm:.4g}, rate "
-                f"{rate:.3g}, training rows {batch.items.tolist()}. The weights before it are kept."
-            )
+        parts = parts_of(arm, batch, recipe.micro_batch_tokens)
+        # sums over the whole step divide every part: a mean of means is another loss
+        times = 2 if arm.has_prefix and arm.feedback == "self" else 1
+        texts = times * len(batch)
+        targets = times * (len(batch.tokens) - len(batch)) if arm.lm_weight else 0
+        seen, loss = None, 0.0
+        for part in parts:
+            passes = run_part(self.model, part.to(self.device))
+            losses = batch_losses(self.model, passes, recipe, getattr(torch, recipe.lm_dtype))
+            share = weighted_loss(self.model, replace(losses, texts=texts, targets=targets))
+            share.backward()
+            losses = losses.detach()
+            seen, loss = losses if seen is None else seen + losses, loss + share.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), recipe.clip)
+        self.unread.append(
+            _Step(self.step_number, seen, loss, norm, rate, batch.items.tolist(), len(batch.tokens))
+        )
+        if self.device.type == "cuda":
+            # no waiting for the GPU: it skips this and every later update once one is not finite
+            bad = ~(loss.isfinite() & norm.isfinite())
+            self.optimizer.found_inf = torch.maximum(self.optimizer.found_inf, bad.float())
+        if self.device.type != "cuda" or len(self.unread) >= UNREAD_STEPS:
+            self.settle()
         self.optimizer.step()
-        self.progress.totals.add(losses, len(batch.tokens))
+
+    def settle(self) -> None:
+        """Read the figures of the steps since the last time; raises NonFiniteError."""
+        for step in self.unread:
+            losses = step.losses
+            if not (torch.isfinite(step.loss) and torch.isfinite(step.norm)):
+                raise NonFiniteError(
+                    f"{self.model.arm.name}, seed {self.seed}, step {step.number}: loss "
+                    f"{step.loss:.4g} (classification {losses.cls:.4g} / {losses.texts} texts, "
+                    f"next token {losses.lm:.4g} / {losses.targets} targets), gradient norm "
+                    f"{step.norm:.4g}, rate {step.rate:.3g}, training rows {step.items}. "
+                    "The weights before it are kept."
+                )
+            self.progress.totals.add(losses, step.tokens)
+        self.unread.clear()
 
     def run(
         self,
@@ -390,14 +364,14 @@ class Fit:
                 while progress.batch < len(order):
                     check_stop()
                     started = time.perf_counter()
-                    batch = self.train_data.batch(order[progress.batch]).to(self.device)
-                    self.step(batch)
+                    self.step(self.train_data.batch(order[progress.batch]))
                     progress.batch += 1
                     progress.totals.seconds += time.perf_counter() - started
                     report(self, "step")
                     if time.monotonic() - saved_at > save_every:
                         save(self)
                         saved_at = time.monotonic()
+                self.settle()
                 result = evaluate(self.model, self.eval_data, self.recipe, check_stop=check_stop)
             except Interrupted as stop:
                 save(self)

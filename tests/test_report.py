@@ -354,7 +354,7 @@ def test_titles_are_the_arms_titles():
 
 
 def test_analyse_stores_what_the_analysis_returns(checkout, monkeypatch):
-    def fake(features, results):
+    def fake(features, results, published):
         count = float(len(features["labels"]))
         return {**results["analysis"], "contrasts": {"P1": {"p": count}}}
 
@@ -390,3 +390,36 @@ def test_check_needs_no_torch(checkout):
     command, folder = [sys.executable, "-c", code, checkout], Path(report.__file__).parent
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     assert done.stdout == "[] False\n"
+
+
+def test_lists_of_the_analysis_become_tables(checkout):
+    results = json.loads((checkout / "results" / "results.json").read_text())
+    band = {"mean": None, "low": 0.2, "high": 0.4}
+    results["analysis"] = {
+        "claims": [
+            {
+                "id": "x",
+                "claim": "it clusters",
+                "published": -0.016,
+                "ours": {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 3},
+                "control_band": band,
+                "p_adjusted": 0.00002,
+                "verdict": "not supported",
+            },
+            {"id": "y", "claim": "it gains", "ours": {"mean": None, "low": None, "n": 0}},
+        ],
+        "contrasts": [
+            {"id": "P1", "name": "a - b", "estimate": 0.1, "low": 0.0, "high": 0.2, "n_seeds": 1,
+             "p": 0.5, "equivalence": {"margin": 0.05, "equivalent": True}}
+        ],
+    }  # fmt: skip
+    study = schema.Study(checkout, results, None)
+    known = tables.values({"small": study}, None)
+    claims, contrasts = (
+        tables.table(f"small-{kind}", {"small": study}, known, None).splitlines()
+        for kind in ("claims", "contrasts")
+    )
+    row = "| it clusters | -0.016 | 0.500 [0.400, 0.600] (3 seeds) | 0.200 to 0.400 | < 0.001 |"
+    assert claims[4].startswith(row)
+    assert claims[5].startswith("| it gains | - | - | - | - |")
+    assert "| 0.100 [0.000, 0.200] (1 seed) | 0.500 | yes (within 0.050) |" in contrasts[4]

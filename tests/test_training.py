@@ -9,6 +9,7 @@ import torch
 from conftest import random_batch
 from torch.nn import functional as F
 
+import parts
 import training
 from common import ARMS, UserError
 from training import Fit, Interrupted, NonFiniteError, Progress, Recipe
@@ -39,9 +40,7 @@ def without_seconds(epochs):
 def test_loss_is_the_weighted_sum_of_plain_means(make_model, recipe):
     model = make_model("dual").eval()
     batch = random_batch([5, 1, 7], vocabulary=20)
-    losses = training.batch_losses(
-        model, training.forward_passes(model, batch), recipe, torch.float32
-    )
+    losses = training.batch_losses(model, parts.forward_passes(model, batch), recipe, torch.float32)
     logits, targets, texts = [], [], []
     for i in range(3):
         alone = batch.take(torch.tensor([i]))
@@ -57,9 +56,7 @@ def test_loss_is_the_weighted_sum_of_plain_means(make_model, recipe):
 
 def test_a_batch_without_targets_has_a_finite_loss(make_model, recipe):
     model, batch = make_model("dual").eval(), random_batch([1, 1], vocabulary=20)
-    losses = training.batch_losses(
-        model, training.forward_passes(model, batch), recipe, torch.float32
-    )
+    losses = training.batch_losses(model, parts.forward_passes(model, batch), recipe, torch.float32)
     assert losses.targets == 0
     assert math.isfinite(training.weighted_loss(model, losses).item())
 
@@ -69,7 +66,7 @@ def test_second_half_runs_with_the_first_halfs_engrams(make_model, feedback):
     arm = dataclasses.replace(ARMS["dual_engram"], feedback=feedback)
     model, batch = make_model(arm).eval(), random_batch([4, 3, 6, 2, 5], vocabulary=20)
     batch = dataclasses.replace(batch, labels=torch.tensor([0, 1, 0, 1, 0]))
-    (first, first_out), (second, second_out) = training.forward_passes(model, batch)
+    (first, first_out), (second, second_out) = parts.forward_passes(model, batch)
     assert first.items.tolist() + second.items.tolist() == [0, 1, 2, 3, 4]
     givers = {"same_class": [1, 0]}.get(feedback, [0, 1])
     wanted = model(second, first_out.engram[givers])
@@ -82,10 +79,10 @@ def test_second_half_runs_with_the_first_halfs_engrams(make_model, feedback):
 def test_self_and_off_feedback(make_model):
     batch = random_batch([4, 3], vocabulary=20)
     own = make_model(ARMS["dual_engram_self"]).eval()
-    (_, zero), (_, again) = training.forward_passes(own, batch)
+    (_, zero), (_, again) = parts.forward_passes(own, batch)
     assert torch.equal(again.hidden, own(batch, zero.engram).hidden)
     off = make_model(ARMS["dual_engram_off"]).eval()
-    ((_, only),) = training.forward_passes(off, batch)
+    ((_, only),) = parts.forward_passes(off, batch)
     assert torch.equal(only.hidden, off(batch, torch.zeros(2, 8)).hidden)
 
 
@@ -94,7 +91,7 @@ def test_the_prefix_changes_the_text_and_unused_compressors_get_no_gradient(make
     one = model(batch, torch.ones(2, 8)).hidden
     assert not torch.allclose(one, model(batch, torch.zeros(2, 8)).hidden)
     published = make_model("published_small")
-    passes = training.forward_passes(published, batch)
+    passes = parts.forward_passes(published, batch)
     training.weighted_loss(
         published, training.batch_losses(published, passes, recipe, torch.float32)
     ).backward()
