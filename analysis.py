@@ -10,13 +10,14 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
+from threadpoolctl import threadpool_limits
 
 import measures
-from claims import CONTRASTS, Contrast, Evidence, against_published, verdicts
+from claims import Evidence, verdicts
 from common import (
     adjusted_mutual_information,
     adjusted_rand,
@@ -24,23 +25,17 @@ from common import (
     cosine_gap,
     kmeans,
 )
+from contrasts import CONTRASTS, against_published, evaluate
 from inference import (
-    Statistic,
     adjust,
     ari_statistic,
     cosine_gap_draws,
-    crossed,
-    difference_p,
-    equivalence,
-    exchange_p,
-    interval,
     item_weights,
-    mcnemar,
     partition_stability,
     resample,
     share_statistic,
 )
-
+from scores import Run, Scores, read_runs
 
 FLOOR = "untrained"  # its engram is a random compressor on an untrained network: A6
 
@@ -79,119 +74,6 @@ class Settings:
     most_clusters: int = 10
 
 
-@dataclass(frozen=True)
-class Run:
-    """One arm and seed.
-
-    Args:
-        predictions: (N,) int, codes of the labels; -1 for a class that no item has.
-        representations: (N, width) float32 each, by name.
-        tap: the representation that the compressor read, or would have.
-        initial: (N, E), the engram that the compressor's initial weights give on the final tap.
-        weights: final and initial W, (E, in) each.
-    """
-
-    arm: str
-    seed: int
-    predictions: np.ndarray
-    representations: dict[str, np.ndarray]
-    tap: str | None = None
-    initial: np.ndarray | None = None
-    weights: tuple[np.ndarray, np.ndarray] | None = None
-
-
-def read_runs(features: Mapping[str, np.ndarray]) -> tuple[np.ndarray, list[Run]]:
-    """Labels (N,) as codes 0..C-1 and the runs that have logits, by arm and seed.
-
-    An array with a value that is not finite is left out.
-
-    Raises:
-        ValueError: runs without labels, or on another number of items.
-    """
-    names = sorted(
-        {tuple(key.split("/")[:2]) for key in features if key.endswith("/logits")},
-        key=lambda name: (name[0], int(name[1])),
-    )
-    if names and "labels" not in features:
-        raise ValueError("features hold runs but no 'labels'. Write the (N,) labels beside them.")
-    classes, labels = np.unique(features.get("labels", np.zeros(0, int)), return_inverse=True)
-    runs = []
-    for arm, seed in names:
-        here = f"{arm}/{seed}/"
-        parts = {k[len(here) :]: v for k, v in features.items() if k.startswith(here)}
-        predictions = np.asarray(parts["logits"]).argmax(1)
-        if len(predictions) != len(labels):
-            raise ValueError(
-                f"{arm}/{seed} has {len(predictions)} items, the labels {len(labels)}. "
-                "Write every run on the same items."
-            )
-        codes = np.searchsorted(classes, predictions).clip(max=len(classes) - 1)
-        predictions = np.where(classes[codes] == predictions, codes, -1)
-        layers = parts.get("layers", np.zeros((0, 0, 0)))
-        found = {n: parts[n] for n in ("engram", "intermediate", "pooled") if n in parts}
-        found |= {f"layer {i}": layers[:, i] for i in range(layers.shape[1])}
-        found = {n: x.astype(np.float32) for n, x in found.items() if np.isfinite(x).all()}
-        tap = initial = weights = None
-        if "engram" not in parts:
-            tap = "intermediate" if "intermediate" in found else None
-        elif "engram" in found and {"W", "b"} <= parts.keys():
-            tap = _tap(found, parts["W"], parts["b"])
-        if tap and {"W0", "b0"} <= parts.keys():
-            initial = np.tanh(found[tap] @ parts["W0"].T + parts["b0"])
-            weights = parts["W"], parts["W0"]
-        runs.append(Run(arm, int(seed), predictions, found, tap, initial, weights))
-    return labels, runs
-
-
-def _tap(found: Mapping[str, np.ndarray], weight: np.ndarray, bias: np.ndarray) -> str | None:
-    """What the compressor read: of equal widths, the one that gives the engram back."""
-    width = weight.shape[1]
-    fits = [n for n in ("intermediate", "pooled") if n in found and found[n].shape[1] == width]
-    errors = [np.abs(np.tanh(found[n] @ weight.T + bias) - found["engram"]).mean() for n in fits]
-    return fits[int(np.argmin(errors))] if fits else None
-
-
-@dataclass
-class Scores:
-    """Every quantity by (arm, quantity) and seed: its value and its item-resampled draws."""
-
-    weights: np.ndarray
-    seed: int
-    values: dict[tuple[str, str], dict[int, float]] = field(default_factory=dict)
-    draws: dict[tuple[str, str], dict[int, np.ndarray]] = field(default_factory=dict)
-
-    def add(self, run: Run, name: str, value: float, draws: Statistic | np.ndarray | None = None):
-        """Keep a finite value, and its draws: those given, or a statistic's under the weights."""
-        if value is None or not math.isfinite(value):
-            return
-        self.values.setdefault((run.arm, name), {})[run.seed] = float(value)
-        if isinstance(draws, Statistic):
-            draws = resample(draws, self.weights)
-        if draws is not None:
-            self.draws.setdefault((run.arm, name), {})[run.seed] = draws
-
-    def seeds(self, arm: str, name: str) -> dict[int, float]:
-        return self.values.get((arm, name), {})
-
-    def pair(self, first: tuple[str, str], second: tuple[str, str] | float):
-        """Seeds both have, their differences (S,) and crossed draws of the mean difference."""
-        ours = self.seeds(*first)
-        constant = isinstance(second, float)
-        theirs = dict.fromkeys(ours, second) if constant else self.seeds(*second)
-        seeds = sorted(ours.keys() & theirs.keys())
-        values = np.array([ours[s] - theirs[s] for s in seeds])
-        held, other = self.draws.get(first, {}), {} if constant else self.draws.get(second, {})
-        if not seeds or not all(s in held and (constant or s in other) for s in seeds):
-            return seeds, values, None
-        columns = [held[s] - (second if constant else other[s]) for s in seeds]
-        return seeds, values, crossed(np.column_stack(columns), self.seed)
-
-    def interval(self, arm: str, name: str) -> dict:
-        """Mean over seeds: crossed bootstrap where items were resampled, else Student's t."""
-        _, values, draws = self.pair((arm, name), 0.0)
-        return asdict(interval(values, draws))
-
-
 def analyse(
     features: Mapping[str, np.ndarray],
     results: Mapping,
@@ -218,11 +100,16 @@ def analyse(
     scores = Scores(item_weights(len(labels), settings.resamples if runs else 0, seed), seed)
     bands, counts = {}, {}
     engrams = [r.representations["engram"] for r in runs if "engram" in r.representations]
-    with warnings.catch_warnings():
+    # one thread: the same bits on every machine's core count, and no waiting on a busy machine's
+    with threadpool_limits(1), warnings.catch_warnings():
         # fewer distinct points than clusters: an engram that never moved; its ARI says so
         warnings.simplefilter("ignore", ConvergenceWarning)
         for run in runs:
             _score(run, labels, scores, settings)
+            if "lengths" in features:
+                for name, x in run.representations.items():
+                    found = measures.first_direction_correlation(x, features["lengths"])
+                    scores.add(run, f"{name}.length_correlation", found)
             if run.arm == FLOOR:
                 continue
             if engrams and run.tap:
@@ -240,7 +127,7 @@ def analyse(
     dataset = results.get("dataset", {})
     asked = (*CONTRASTS, *against_published(published))
     slug = dataset.get("slug")
-    contrasts = adjust([_contrast(c, scores, bands, runs, labels, slug) for c in asked])
+    contrasts = adjust([evaluate(c, scores, bands, runs, labels, slug) for c in asked])
     evidence = Evidence(
         contrasts={row["id"]: row for row in contrasts},
         controls=controls,
@@ -450,6 +337,10 @@ def _controls(runs, scores, bands, counts, settings) -> Iterator[dict]:
                     "ari": None,
                     "seeds": counted,
                 }
+    for arm, quantity in scores.values:
+        name, _, metric = quantity.partition(".")
+        if metric == "length_correlation":
+            yield {"ari": None} | row("A10", "text length", arm, name, name, (metric,))
     modes = dict.fromkeys(
         (arm, q.split(".")[0]) for arm, q in scores.values if q.endswith(".lm_loss")
     )
@@ -486,66 +377,6 @@ def _band_row(arm: str, banded: Mapping[int, dict], settings: Settings) -> dict:
         "restarts": settings.band_restarts,
         "seeds": seeds,
     }
-
-
-def _contrast(spec: Contrast, scores: Scores, bands, runs, labels, slug) -> dict:
-    """One row of the contrasts table; a contrast without its arms is "not measured"."""
-    row = {
-        "id": spec.id,
-        "name": spec.name,
-        "family": spec.family,
-        "estimate": None,
-        "low": None,
-        "high": None,
-        "p": None,
-        "p_adjusted": None,
-        "method": "not measured",
-        "n_seeds": 0,
-        "n_items": None,
-        "equivalence": None,
-        "seeds": {},
-    }
-    seeds, values, draws = scores.pair(spec.first, spec.second)
-    if not seeds or (spec.slug and spec.slug != slug):
-        return row
-    found, margin = interval(values, draws), spec.margin
-    if spec.relative:
-        margin *= float(np.mean([scores.seeds(*spec.second)[s] for s in seeds]))
-    if draws is not None:
-        how = "crossed bootstrap over seeds and items" if len(seeds) > 1 else "item bootstrap"
-    else:
-        how = "Student t over seeds, items fixed"
-    if spec.band:
-        drawn = [bands[spec.first[0], s] for s in seeds]
-        trained = np.array([band["trained"][spec.band] for band in drawn])
-        p = exchange_p(trained, np.stack([band["draws"][spec.band] for band in drawn]), scores.seed)
-        how += "; p: exchange of the trained with random compressors"
-    else:
-        p = difference_p(values, draws)
-        if draws is not None and len(seeds) > 1:
-            how += "; p: the larger of the bootstrap's and Student's t over seeds"
-    row |= {
-        "estimate": found.mean,
-        "low": found.low,
-        "high": found.high,
-        "p": p,
-        "method": how,
-        "n_seeds": len(seeds),
-        "n_items": len(labels),
-        "equivalence": margin and equivalence(values, draws, margin),
-        "seeds": dict(zip(map(str, seeds), values.tolist(), strict=True)),
-    }
-    if row["equivalence"]:
-        row["equivalence"] = asdict(row["equivalence"])
-    if spec.first[1] == "accuracy":
-        row["mcnemar"] = _mcnemar(spec, seeds, runs, labels)
-    return row
-
-
-def _mcnemar(spec: Contrast, seeds: list[int], runs: list[Run], labels: np.ndarray) -> dict:
-    right = {(run.arm, run.seed): run.predictions == labels for run in runs}
-    arms = spec.first[0], spec.second[0]
-    return {str(s): asdict(mcnemar(*(right[arm, s] for arm in arms))) for s in seeds}
 
 
 def _plain(value):

@@ -1,8 +1,8 @@
-"""What is asked and by which rule it is answered: fixed here, as data, before any number.
+"""The rules by which each claim of the study is answered: written, as data, before any number.
 
-CONTRASTS are the comparisons, the six primary ones first; CLAIMS are the rows of the verdict table.
-A rule sees an `Evidence` and answers supported, not supported or not decided. What was not measured
-decides nothing, nor do fewer than MIN_SEEDS seeds: one pair of networks says nothing about arms.
+CLAIMS are the rows of the verdict table. A rule sees an `Evidence` and answers supported, not
+supported or not decided. What was not measured decides nothing, nor do fewer than MIN_SEEDS seeds:
+one pair of networks says nothing about arms.
 """
 
 from __future__ import annotations
@@ -10,115 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from inference import ACCURACY_MARGIN, ALPHA, ARI_MARGIN, RANK_MARGIN
+from contrasts import B2, M1, M2, M3, published_figure
+from inference import ALPHA, ARI_MARGIN
 
 MIN_SEEDS = 3
 SUPPORTED, REFUTED, OPEN = "supported", "not supported", "not decided"
-M1, M2, M3, B1, B2 = (
-    *("classification", "dual", "dual_engram"),
-    *("classification_engram", "lm_only_engram"),
-)
-
-
-@dataclass(frozen=True)
-class Contrast:
-    """first - second, paired by seed.
-
-    Args:
-        first, second: (arm, quantity); second may be a number.
-        margin: within +- this the difference counts as none; a share of second where `relative`.
-        band: the metric whose random compressors second averages; p is then the exchange test's.
-        slug: the one data set that it is about.
-    """
-
-    id: str
-    name: str
-    first: tuple[str, str]
-    second: tuple[str, str] | float
-    margin: float | None
-    band: str | None = None
-    relative: bool = False
-    slug: str | None = None
-
-    @property
-    def family(self) -> str:
-        return "primary" if self.id.startswith("P") else "exploratory"
-
-
-def _same(id: str, name: str, quantity: str, first: str, second: str, margin, **more) -> Contrast:
-    return Contrast(
-        id, f"{name}, {quantity}", (first, quantity), (second, quantity), margin, **more
-    )
-
-
-def _beside(id: str, name: str, arm: str, first: str, second: str, **more) -> Contrast:
-    return Contrast(id, name, (arm, first), (arm, second), ARI_MARGIN, **more)
-
-
-_RANK = {"quantity": "pooled.effective_rank", "margin": RANK_MARGIN, "relative": True}
-_ACCURACY = {"quantity": "accuracy", "margin": ACCURACY_MARGIN}
-_TUNED = {"first": "dual_tuned", "second": "classification_tuned"} | _ACCURACY
-CONTRASTS = (
-    _beside("P1", "trained - random compressor, ARI", M3, "trained.ari", "random.ari", band="ari"),
-    _same("P2", "Model 3 - Model 1 + engram", "engram.excess_ari", M3, B1, ARI_MARGIN),
-    _same("P3", "Model 2 - Model 1, tuned rates, SST-2", **_TUNED, slug="sst2"),
-    _same("P4", "Model 2 - Model 1, tuned rates, AG News", **_TUNED, slug="agnews"),
-    _same("P5", "Model 3 - Model 2", first=M3, second=M2, **_ACCURACY),
-    _same("P6", "Model 2 - Model 1", first=M2, second=M1, **_RANK),
-    _same("E1", "Model 2 - Model 1, the recipe's rate", first=M2, second=M1, **_ACCURACY),
-    _same("E2", "Model 3 - Model 1, the recipe's rate", first=M3, second=M1, **_ACCURACY),
-    Contrast("E3", "engram - predictions, ARI", (M3, "engram.excess_ari"), 0.0, ARI_MARGIN),
-    _beside("E4", "trained - initial weights, ARI", M3, "engram.ari", "initial.ari"),
-    _beside("E5", "engram - PCA, ARI", M3, "engram.ari", "pca.ari"),
-    _beside("E6", "engram - whitened PCA, ARI", M3, "engram.ari", "whitened.ari"),
-    _beside(  # a cosine gap lives on the scale of an ARI, so it takes the ARI's margin
-        "E7",
-        "trained - random compressor, centred cosine gap",
-        M3,
-        "engram.centred_cosine_gap",
-        "random.centred_cosine_gap",
-        band="centred_cosine_gap",
-    ),
-    _beside("E8", "LM only: trained - random, ARI", B2, "trained.ari", "random.ari", band="ari"),
-    _same("E9", "Model 3 - Model 2", first=M3, second=M2, **_RANK),
-    _same("E10", "Model 3 - untrained", "engram.ari", M3, "untrained", ARI_MARGIN),
-    # at the same depth; the excess takes the arms' accuracies out
-    _same("E11", "Model 2 - Model 1", "intermediate.excess_ari", M2, M1, ARI_MARGIN),
-    _same("E12", "Model 3 - Model 1", "intermediate.excess_ari", M3, M1, ARI_MARGIN),
-    _same("E13", "Model 2 - Model 1", "pooled.excess_ari", M2, M1, ARI_MARGIN),
-    _same("E14", "Model 3 - Model 1", "pooled.excess_ari", M3, M1, ARI_MARGIN),
-    Contrast(
-        "E15",
-        "own - shuffled engram, accuracy",
-        (M3, "own.accuracy"),
-        (M3, "shuffled.accuracy"),
-        ACCURACY_MARGIN,
-    ),
-    Contrast(
-        "E16", "own - shuffled engram, LM loss", (M3, "own.lm_loss"), (M3, "shuffled.lm_loss"), None
-    ),
-)
-
-
-def against_published(published: Mapping) -> tuple[Contrast, ...]:
-    """The contrasts that need a published figure: E17, the engram's cluster accuracy."""
-    value = _published(published, M3, "cluster_accuracy")
-    if value is None:
-        return ()
-    quantity = (M3, "engram.cluster_accuracy")
-    name = "cluster accuracy - published"
-    return (Contrast("E17", name, quantity, float(value), ACCURACY_MARGIN),)
-
-
-def _published(published: Mapping, arm: str, field: str) -> float | None:
-    """A published figure of an arm, of a curve its last epoch."""
-    value = (published.get("arms") or {}).get(arm, {}).get(field)
-    return value[-1] if isinstance(value, list) else value
 
 
 def _published_gain(first: str, second: str) -> Callable[[Mapping], float | None]:
     def gain(published):
-        a, b = (_published(published, arm, "val_accuracy") for arm in (first, second))
+        a, b = (published_figure(published, arm, "val_accuracy") for arm in (first, second))
         return None if a is None or b is None else round(a - b, 6)
 
     return gain
@@ -188,6 +89,18 @@ def decide(row: Mapping | None, direction: int = 1) -> Verdict:
     if row["equivalence"] and row["equivalence"]["equivalent"]:
         return Verdict(REFUTED, f"{name}: equivalent within the margin")
     return Verdict(OPEN, f"{name}: neither a difference nor equivalence shown")
+
+
+def decide_equal(row: Mapping | None) -> Verdict:
+    """Whether a contrast shows that there is no difference: equivalence supports it."""
+    found = decide(row)
+    if not row or row["estimate"] is None or row["n_seeds"] < MIN_SEEDS:
+        return found
+    if row["equivalence"]["equivalent"]:
+        return Verdict(SUPPORTED, f"{row['id']}: equivalent within the margin")
+    if found.verdict == OPEN:
+        return found
+    return Verdict(REFUTED, f"{row['id']}: there is a difference")
 
 
 def decide_interval(interval: Mapping | None, floor: float = 0.0, none: float = 0.0) -> Verdict:
@@ -278,28 +191,6 @@ def _grows(e: Evidence) -> Verdict:
     return Verdict(OPEN, "the intervals of P3 and P4 overlap")
 
 
-def _leaves_rank(e: Evidence) -> Verdict:
-    row = e.contrasts.get("E9")
-    if not row or row["estimate"] is None or row["n_seeds"] < MIN_SEEDS:
-        return Verdict(OPEN, decide(row).because)
-    if row["equivalence"] and row["equivalence"]["equivalent"]:
-        return Verdict(SUPPORTED, "E9: equivalent within the margin")
-    if row["p_adjusted"] < ALPHA:
-        return Verdict(REFUTED, "E9: the rank moves")
-    return Verdict(OPEN, "E9: neither a difference nor equivalence shown")
-
-
-def _same_on_both(e: Evidence) -> Verdict:
-    row = e.contrasts.get("E17")
-    if not row or row["estimate"] is None or row["n_seeds"] < MIN_SEEDS:
-        return Verdict(OPEN, decide(row).because)
-    if row["equivalence"]["equivalent"]:
-        return Verdict(SUPPORTED, "E17: the published figure within the margin")
-    if row["p_adjusted"] < ALPHA:
-        return Verdict(REFUTED, "E17: another figure than the published one")
-    return Verdict(OPEN, "E17: neither a difference nor equivalence shown")
-
-
 def _small_hurts(e: Evidence) -> Verdict:
     if "from scratch" not in e.backbone:
         return Verdict(OPEN, "not the small scale")
@@ -343,7 +234,7 @@ class Claim:
 
 def _of(arm: str, *fields: str) -> Callable[[Mapping], object]:
     def read(published):
-        found = {field: _published(published, arm, field) for field in fields}
+        found = {field: published_figure(published, arm, field) for field in fields}
         if None in found.values():
             return None
         return found if len(fields) > 1 else found[fields[0]]
@@ -351,8 +242,8 @@ def _of(arm: str, *fields: str) -> Callable[[Mapping], object]:
     return read
 
 
-def _on(id: str, direction: int = 1) -> Callable[[Evidence], Verdict]:
-    return lambda e: decide(e.contrasts.get(id), direction)
+def _on(id: str, rule: Callable = decide) -> Callable[[Evidence], Verdict]:
+    return lambda e: rule(e.contrasts.get(id))
 
 
 def _elsewhere(id: str) -> Callable[[Evidence], Verdict]:
@@ -399,7 +290,7 @@ CLAIMS = (
     Claim(
         "same_on_both",
         "cluster accuracy is the published figure on both data sets",
-        _same_on_both,
+        _on("E17", decide_equal),
         "both data sets at the published scale, 3 seeds or more",
         _of(M3, "cluster_accuracy"),
         "E17",
@@ -458,7 +349,7 @@ CLAIMS = (
     Claim(
         "engram_leaves_rank",
         "the engram leaves the rank alone",
-        _leaves_rank,
+        _on("E9", decide_equal),
         "more seeds",
         _published_ranks,
         "E9",

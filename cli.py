@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import sys
+import tempfile
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -99,6 +100,9 @@ FREE = (
     "label_offset",
     "encoding",
     "drop_empty",
+    "backbone",  # its name and its weights' revision count, not where they lie
+    "vram_gib",
+    "gradient_checkpointing",
 )
 
 
@@ -226,8 +230,26 @@ def defaults_of(config: type) -> dict[str, Any]:
 
 def recipe_of(config: StudyConfig, **extra: Any) -> Recipe:
     """The training recipe a Config describes; extra: what its script fixes."""
+    pairing = [n for n in config.arms if ARMS[n].has_prefix and ARMS[n].feedback != "off"]
+    if config.batch_size % 2 and pairing:
+        raise UserError(
+            f"{ARMS[pairing[0]].title} pairs texts; --batch-size must be even, "
+            f"got {config.batch_size}."
+        )
     names = ("epochs", "lr", "weight_decay", "batch_size", "clip")
     return Recipe(**{name: getattr(config, name) for name in names}, **extra)
+
+
+def require_writable(folder: Path) -> None:
+    """Refuse a results folder that cannot be written to, before anything is loaded."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {folder} ({error.strerror}). Pass a writable --out."
+        ) from None
 
 
 class StopSignals:

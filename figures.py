@@ -277,7 +277,9 @@ def _control_arms(results: Mapping) -> list[str]:
 def controls(results: Mapping) -> Figure:
     """ARI of every representation against random compressors (A1) and the predictions (A0)."""
     rows, arms = _control_rows(results), _control_arms(results)
-    labels = list(dict.fromkeys(_control_label(row) for row in rows if row["control"] != "A0"))
+    # the representation in question on top, its rivals below, then where the features come from
+    shown = sorted((r for r in rows if r["control"] != "A0"), key=lambda r: not _is_engram(r))
+    labels = list(dict.fromkeys(map(_control_label, shown)))
     figure = Figure(figsize=(3.4 + 3.2 * len(arms), 2.6 + 0.27 * len(labels)), layout="constrained")
     panels = figure.subplots(1, len(arms), sharex=True, sharey=True, squeeze=False)[0]
     for axes, arm in zip(panels, arms, strict=True):
@@ -292,24 +294,27 @@ def controls(results: Mapping) -> Figure:
             if row["control"] == "A1":
                 axes.axvspan(low, high, color="#56B4E9", alpha=0.3, linewidth=0)
             y = labels.index(_control_label(row))
-            colour = "#0072B2" if row["control"] == "A1" else "#222222"
-            axes.plot([low, high], [y, y], color=colour, linewidth=1.5)
-            axes.plot(score["mean"], y, "o", color=colour, ms=5)
+            colour = {"A1": "#0072B2"}.get(row["control"], "#222222")
+            colour, size = ("#CC79A7", 9) if _is_engram(row) else (colour, 5)
+            axes.plot([low, high], [y, y], color=colour, linewidth=size / 3)
+            axes.plot(score["mean"], y, "o", color=colour, ms=size)
         axes.set(title=title_of(arm), xlabel="ARI against the classes")
         _style(axes)
     panels[0].set_yticks(range(len(labels)), labels)
     panels[0].set_ylim(len(labels) - 0.5, -0.5)
     handles = [
+        Line2D([], [], color="#CC79A7", marker="o", ms=9, linewidth=3),
         Line2D([], [], color="#222222", marker="o", ms=5),
         Patch(color="#56B4E9", alpha=0.3),
         Line2D([], [], color="#D55E00"),
     ]
     names = [
+        "the trained engram",
         "k-means on that representation",
         "range of random compressors (A1)",
         "the classifier's own predictions (A0)",
     ]
-    figure.legend(handles, names, loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
     seeds = max(row["ari"].get("n_seeds") or 1 for row in rows)
     _headline(
         figure,
@@ -320,6 +325,25 @@ def controls(results: Mapping) -> Figure:
     return figure
 
 
+def _is_engram(row: Mapping) -> bool:
+    return (row["control"], row.get("representation")) == ("A4", "engram")
+
+
+_PLACES = {"intermediate": "classifier layer", "pooled": "pooled state", "layer 0": "embedding"}
+_CODES = {
+    "A1": "random compressor",
+    "A2": "compressor's initial weights",
+    "A3": "{name} of what it reads",
+    "A7": "trained engram by {name}",
+}
+
+
 def _control_label(row: Mapping) -> str:
-    where = row.get("representation")
-    return f"{row['control']} {row['name']}" + (f" ({where})" if where else "")
+    """What the row's representation is, in words, with the control's id."""
+    place = row.get("representation") or ""
+    if row["control"] in _CODES:
+        words = _CODES[row["control"]].format(name=row["name"])
+    else:
+        floor = "untrained network: " if row["control"] == "A6" else ""
+        words = floor + ("trained engram" if _is_engram(row) else _PLACES.get(place, place))
+    return f"{words} ({row['control']})"

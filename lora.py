@@ -35,36 +35,37 @@ def masked(x: Tensor, mask: Tensor | None) -> Tensor:
 class _LoraLinear(torch.autograd.Function):
     """y = x W' + bias + scale (mask x) A' B' with W frozen, in the dtype of x.
 
-    What is saved is x, which sibling projections share, and the (N, r) product: no dropped copy of
-    x, and on a GPU no mask either. W may be rebuilt from its 4-bit form each time it is used.
+    On a GPU, where memory is dear, x is saved, which sibling projections share, and the mask is
+    drawn again from its seed; on a CPU, where random bits are dear, mask and masked x are saved.
+    W may be rebuilt from its 4-bit form each time it is used.
     """
 
     @staticmethod
     def forward(ctx, x, a, b, layer, seed):
         down, up = a.to(x.dtype), (b * layer.gain(seed)).to(x.dtype)
         mask = None if seed is None else keep_mask(seed, x, layer.rate)
-        inner = masked(x, mask) @ down.T
+        dropped = masked(x, mask)
+        inner = dropped @ down.T
         out = torch.nn.functional.linear(x, layer.weight(), layer.bias).addmm_(inner, up.T)
-        ctx.save_for_backward(x, inner, a, b)
-        # remembered where memory is cheap and random bits are dear
-        ctx.layer, ctx.seed, ctx.mask = layer, seed, mask if x.is_cpu else None
+        ctx.save_for_backward(dropped if x.is_cpu else x, inner, down, up)
+        ctx.layer, ctx.seed, ctx.mask, ctx.dtype = layer, seed, mask if x.is_cpu else None, a.dtype
         return out
 
     @staticmethod
     def backward(ctx, d_out):
-        x, inner, a, b = ctx.saved_tensors
-        layer, seed, mask = ctx.layer, ctx.seed, ctx.mask
-        if seed is not None and mask is None:
-            mask = keep_mask(seed, x, layer.rate)
-        d_inner = d_out @ (b * layer.gain(seed)).to(x.dtype)
+        dropped, inner, down, up = ctx.saved_tensors
+        layer, mask = ctx.layer, ctx.mask
+        if ctx.seed is not None and mask is None:
+            mask = keep_mask(ctx.seed, dropped, layer.rate)
+            dropped = masked(dropped, mask)
         d_x = d_a = d_b = None
+        d_inner = d_out @ up
         if ctx.needs_input_grad[1]:
-            d_a = (d_inner.T @ masked(x, mask)).to(a.dtype)
+            d_a = (d_inner.T @ dropped).to(ctx.dtype)
         if ctx.needs_input_grad[2]:
-            d_b = (d_out.T @ inner).to(b.dtype).mul_(layer.gain(seed))
+            d_b = (d_out.T @ inner).to(ctx.dtype).mul_(layer.gain(ctx.seed))
         if ctx.needs_input_grad[0]:
-            d_x = d_out @ layer.weight()
-            d_x.add_(masked(d_inner @ a.to(x.dtype), mask))
+            d_x = (d_out @ layer.weight()).add_(masked(d_inner @ down, mask))
         return d_x, d_a, d_b, None, None
 
 

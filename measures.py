@@ -282,3 +282,21 @@ def best_cluster_count(
 def ward(x: np.ndarray, k: int) -> np.ndarray:
     """Clusters (N,) of Ward's agglomeration; memory grows with N^2."""
     return AgglomerativeClustering(k).fit(np.asarray(x, np.float64)).labels_
+
+
+def first_direction_correlation(x: np.ndarray, other: np.ndarray) -> float:
+    """|Pearson correlation| of the rows' first principal score with another quantity.
+
+    What the widest direction of a representation is about, where it is not the classes: k-means
+    with few clusters cuts along it.
+
+    Args:
+        x: (N, d) representation; other: (N,) numbers, such as the texts' lengths.
+    Returns:
+        In 0..1; nan where either is constant.
+    """
+    scores = principal_components(x, 1)[:, 0]
+    other = np.asarray(other, np.float64)
+    if scores.std() == 0 or other.std() == 0:
+        return float("nan")
+    return float(abs(np.corrcoef(scores, other)[0, 1]))

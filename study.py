@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,8 @@ TRAIN_SAMPLE = 2048  # training texts the train-fitted k-means sees
 class Study:
     """What a script hands over: its data encoded, its backbone, its recipe.
 
-    `make_backbone(arm)` builds a backbone from torch's seeded default generator.
+    `make_backbone(arm)` builds a backbone from torch's seeded default generator. A pretrained one
+    adds what makes its weights its own to the run's identity, and `save_model(model, folder)`.
     """
 
     script: str
@@ -67,6 +68,8 @@ class Study:
     evaluation: Encoded
     make_backbone: Callable[[Arm], torch.nn.Module]
     device: torch.device
+    backbone_identity: Mapping[str, Any] = field(default_factory=dict)
+    save_model: Callable[[StudyModel, Path], None] | None = None
 
 
 def arm_for(config: StudyConfig, name: str) -> Arm:
@@ -89,6 +92,7 @@ def identity_of(study: Study) -> dict[str, Any]:
         **config,
         **{f"recipe.{k}": v for k, v in asdict(study.recipe).items()},
         "backbone": study.backbone,
+        **{f"backbone.{k}": v for k, v in study.backbone_identity.items()},
         "data": study.dataset.name,
         "data_sha256": study.dataset.sha256,
     }
@@ -248,6 +252,8 @@ def _train_one(
         )
     with _Reporter(folder, fit, plain=study.config.jobs > 1) as reporter:
         fit.run(lambda f: store.save(f.step_number, *f.state()), reporter, stop.check)
+    if study.save_model is not None:
+        study.save_model(model, folder.folder / "adapters" / f"{arm.name}-{seed}")
     zero = evaluate(model, study.evaluation, study.recipe, collect=FEATURES, check_stop=stop.check)
     features = _rounded(zero.features) | initial | _compressor_arrays(model, "")
     row = _row(study, model, fit, zero, features, seed)
@@ -282,7 +288,9 @@ def _row(
     row = {
         "commit": commit(),
         "parameters_trainable": sum(p.numel() for p in fit.parameters.values()),
-        "parameters_total": sum(p.numel() for p in model.parameters()),
+        # a byte of 4-bit weights holds two parameters and counts as one
+        "parameters_total": sum(p.numel() for p in model.parameters())
+        + getattr(model.backbone, "parameters_packed_away", 0),
         "epochs": fit.progress.epochs,
         "final": zero.scores()
         | {"predictions_ari": adjusted_rand(labels, predictions), "modes": {}},

@@ -241,7 +241,8 @@ ANALYSES = {  # kind: columns of the list of that name in `analysis`
         ("cluster accuracy", "cluster_accuracy"),
         ("centred cosine gap", "centred_cosine_gap"),
         ("effective rank", "effective_rank"),
-        ("linear probe", "probe"),
+        ("linear probe", "probe_accuracy"),
+        ("first direction with text length", "length_correlation"),
     ),
     "contrasts": (
         ("", "id"),

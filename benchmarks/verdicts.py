@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -31,11 +31,12 @@ from analysis import Settings, analyse
 from claims import OPEN, REFUTED, SUPPORTED
 from inference import ALPHA
 
-SEEDS, ITEMS, POOLED, TAP, ENGRAM = 5, 400, 24, 48, 32
+SEEDS, ITEMS, POOLED, TAP, ENGRAM = 5, 400, 24, 48, 96
 SETTINGS = Settings(
     restarts=3,
     layer_restarts=1,
     band_restarts=2,
+    band_draws=30,
     resamples=2000,
     cosine_resamples=500,
     band_cosine_draws=5,
@@ -120,9 +121,9 @@ def planted(scenario: str, draw: int) -> tuple[dict[str, np.ndarray], dict]:
             *("lm_only_engram", "classification_tuned", "dual_tuned", "untrained"),
         ):
             here = f"{arm}/{seed}/"
-            skill = rng.normal(1.3, 0.05)
+            skill = rng.normal(0.9, 0.05)
             if favour:
-                skill += {"dual_engram": 1.2, "dual": 0.4, "dual_tuned": 0.6}.get(arm, 0)
+                skill += {"dual_engram": 0.8, "dual": 0.3, "dual_tuned": 0.5}.get(arm, 0)
             knows = informative and arm not in ("untrained", "lm_only_engram")
             evidence = skill * sign * knows + 0.7 * hard + 0.7 * rng.normal(size=ITEMS)
             features[here + "logits"] = np.stack([-evidence, evidence], 1).astype(np.float32)
@@ -130,7 +131,8 @@ def planted(scenario: str, draw: int) -> tuple[dict[str, np.ndarray], dict]:
             if favour and arm == "classification":
                 width[POOLED // 3 :] = 0.2  # the collapse: most directions lose their variance
             pooled = rng.normal(size=(ITEMS, POOLED)) * width
-            features[here + "pooled"] = pooled.astype(np.float16)
+            if arm in ("classification", "dual", "dual_engram"):
+                features[here + "pooled"] = pooled.astype(np.float16)
             if "engram" not in arm and arm != "untrained":
                 continue
             direction = rng.normal(size=TAP)
@@ -234,7 +236,7 @@ def main() -> None:
     cases = [(scenario, draw) for draw in range(options.draws) for scenario in PLANTED]
     with ProcessPoolExecutor(options.processes) as pool:
         report = tally(pool.map(run, cases, chunksize=4))
-    settings = asdict(replace(SETTINGS)) | {
+    settings = asdict(SETTINGS) | {
         "seeds": SEEDS,
         "items": ITEMS,
         "tap_width": TAP,
