@@ -126,8 +126,10 @@ def run_study(study: Study, out: Path, seeds: list[int], stop: StopSignals) -> P
             )
         if todo or "provenance" not in folder.results:
             folder.results |= _header(study, folder)
-        folder.features["labels"] = study.evaluation.labels.numpy()
-        folder.features["lengths"] = study.evaluation.lengths
+        given = {"labels": study.evaluation.labels.numpy(), "lengths": study.evaluation.lengths}
+        if not given.keys() <= folder.features.keys():
+            folder.features.update(given)
+            folder.write_features()
         for (seed, name), (row, features) in _finished(study, folder, todo, stop):
             folder.results["provenance"]["wall_seconds"] = before + time.monotonic() - started
             folder.add(name, seed, row, features)
