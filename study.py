@@ -125,7 +125,11 @@ def run_study(study: Study, out: Path, seeds: list[int], stop: StopSignals) -> P
                 f"{kept} of {kept + len(todo)} (arm, seed) are in {folder.path} already; kept"
             )
         if todo or "provenance" not in folder.results:
+            earlier = folder.results.get("provenance", {})
             folder.results |= _header(study, folder)
+            if earlier:
+                brief = {key: earlier[key] for key in ("commit", "dirty", "argv", "started")}
+                folder.results["provenance"]["earlier"] = [*earlier.get("earlier", []), brief]
         given = {"labels": study.evaluation.labels.numpy(), "lengths": study.evaluation.lengths}
         if not given.keys() <= folder.features.keys():
             folder.features.update(given)

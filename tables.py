@@ -364,9 +364,11 @@ def _provenance(results: Mapping) -> str:
     hours, minutes = divmod(round(seconds / 60), 60)
     short = f"{minutes} min" if minutes > 1 else f"{seconds:.0f} s"
     rows = [
-        ["commit", f"`{(run['commit'] or 'none')[:12]}`{dirty}"],
-        ["command", f"`{' '.join(run['argv'])}`"],
-        ["started", run["started"]],
+        [f"command at commit `{(one['commit'] or 'none')[:12]}`", f"`{' '.join(one['argv'])}`"]
+        for one in (*run.get("earlier", []), run)
+    ]
+    rows += [
+        ["last started", f"{run['started']}{dirty}"],
         ["wall time", f"{hours} h {minutes} min" if hours else short],
         ["hardware", "; ".join(f"{k}: {v}" for k, v in run["hardware"].items())],
         ["versions", ", ".join(f"{k} {v}" for k, v in run["versions"].items())],
