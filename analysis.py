@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
+from sklearn import config_context
 from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 
@@ -100,8 +101,10 @@ def analyse(
     scores = Scores(item_weights(len(labels), settings.resamples if runs else 0, seed), seed)
     bands, counts = {}, {}
     engrams = [r.representations["engram"] for r in runs if "engram" in r.representations]
-    # one thread: the same bits on every machine's core count, and no waiting on a busy machine's
-    with threadpool_limits(1), warnings.catch_warnings():
+    # one thread: the same bits whatever the number of cores, and no spinning beside a busy one;
+    # scikit-learn's checks of its arguments cost more than small fits
+    checks = config_context(assume_finite=True, skip_parameter_validation=True)
+    with threadpool_limits(1), checks, warnings.catch_warnings():
         # fewer distinct points than clusters: an engram that never moved; its ARI says so
         warnings.simplefilter("ignore", ConvergenceWarning)
         for run in runs:

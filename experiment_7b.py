@@ -1,6 +1,6 @@
 """Do engrams cluster by sentiment when Qwen2.5-7B is fine-tuned in 4 bits?
 
-    python experiment_7b.py [--data ../sst2] [--backbone ID_OR_PATH] [--seeds 0 1 2] [--smoke]
+    python experiment_7b.py [--data ../sst2] [--backbone ID_OR_PATH] [--smoke]
 
 Trains Model 1 (classification), Model 2 (+ next token) and Model 3 (+ engram) on SST-2 with
 Qwen/Qwen2.5-7B, NF4 double-quantised, LoRA on its seven projections, evaluates and clusters the
@@ -23,6 +23,7 @@ import backbones
 import batches
 import cli
 import data
+import pretrained
 from common import StudyModel
 from study import Study, run_study
 from training import prepare_cpu
@@ -91,7 +92,7 @@ def load_backbone(config: Config, dataset: data.Dataset) -> backbones.Pretrained
         source = config.backbone
         if config.smoke:
             source = str(Path(folder) / "tiny-random-qwen2")
-            backbones.tiny_model(Path(source), dataset.train.texts)
+            pretrained.tiny_model(Path(source), dataset.train.texts)
         return backbones.load(
             source,
             quantise=config.quantise,
@@ -123,28 +124,28 @@ def main(argv: Sequence[str], stop: cli.StopSignals) -> None:
     dataset = load_dataset(config)
     if config.out is not None:
         cli.require_writable(Path(config.out))
-    pretrained = load_backbone(config, dataset)
-    dataset = dataclasses.replace(dataset, notes=(*dataset.notes, *pretrained.notes))
+    base = load_backbone(config, dataset)
+    dataset = dataclasses.replace(dataset, notes=(*dataset.notes, *base.notes))
 
     def save_model(model: StudyModel, folder: Path) -> None:
-        adapters.save(pretrained, model, folder, dataset.class_names, config.max_tokens)
+        adapters.save(base, model, folder, dataset.class_names, config.max_tokens)
 
     study = Study(
         script=Path(__file__).name,
-        backbone=pretrained.name,
+        backbone=base.name,
         config=config,
-        recipe=dataclasses.replace(recipe, lm_dtype=pretrained.identity["dtype"]),
+        recipe=dataclasses.replace(recipe, lm_dtype=base.identity["dtype"]),
         dataset=dataset,
-        train=batches.encode(dataset.train, pretrained.tokenize, config.max_tokens),
-        evaluation=batches.encode(dataset.evaluation, pretrained.tokenize, config.max_tokens),
-        make_backbone=pretrained.make_backbone,
-        device=pretrained.device,
-        backbone_identity=pretrained.identity,
+        train=batches.encode(dataset.train, base.tokenize, config.max_tokens),
+        evaluation=batches.encode(dataset.evaluation, base.tokenize, config.max_tokens),
+        make_backbone=base.make_backbone,
+        device=base.device,
+        backbone_identity=base.identity,
         save_model=save_model,
     )
     own = config.backbone == BACKBONE and not config.smoke
     seeds = config.seeds or (SEEDS if own or config.smoke else SEEDS_ELSEWHERE)
-    run_study(study, results_folder(config, dataset, pretrained.slug), seeds, stop)
+    run_study(study, results_folder(config, dataset, base.slug), seeds, stop)
 
 
 if __name__ == "__main__":

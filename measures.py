@@ -153,7 +153,8 @@ def measure(
     Args:
         x: (N, width); clusters, labels, predictions: (N,) int, labels 0..C-1.
         silhouette_items, probe_items, rank_items: the metric is taken on a fixed random sample of
-            at most so many items; ranks must be at equal N to be compared.
+            at most so many items; ranks must be at equal N to be compared. No probe_items, no
+            probe: it is the slow one.
     """
     x = np.asarray(x, np.float64)
     raw, centred = cosine_gap(x, labels), cosine_gap(x, labels, centre=True)
@@ -175,7 +176,7 @@ def measure(
         else float("nan"),
         nc1=nc1(x, labels),
         nc4=nc4(x, labels, predictions),
-        probe_accuracy=probe_accuracy(x[probed], labels[probed]),
+        probe_accuracy=probe_accuracy(x[probed], labels[probed]) if probe_items else float("nan"),
         **asdict(spectrum(x[ranked])),
     )
 

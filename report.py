@@ -48,7 +48,7 @@ BENCHMARK = "benchmarks/small.json"
 def _digest(results: Mapping) -> str:
     """Digest of what the figures show; each PNG keeps it, so a stale one can be told."""
     shown = [results[k] for k in ("rows", "dataset", "backbone")]
-    shown.append(results["analysis"].get("controls"))
+    shown += [results["analysis"].get("controls"), results.get("departures")]
     return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -130,6 +130,12 @@ def run_study(study: Study, out: Path, seeds: list[int], stop: StopSignals) -> P
             if earlier:
                 brief = {key: earlier[key] for key in ("commit", "dirty", "argv", "started")}
                 folder.results["provenance"]["earlier"] = [*earlier.get("earlier", []), brief]
+        usual = cli.defaults_of(type(config))
+        folder.results["departures"] = [
+            f"{name.replace('_', '-')} {value}"
+            for name, value in asdict(config).items()
+            if name not in (*FREE, "smoke") and value != usual[name]
+        ]
         given = {"labels": study.evaluation.labels.numpy(), "lengths": study.evaluation.lengths}
         if not given.keys() <= folder.features.keys():
             folder.features.update(given)

@@ -66,12 +66,13 @@ def title_of(arm: str) -> str:
 
 
 def subject(results: Mapping) -> str:
-    """Data set, its sizes and the backbone, as every figure and table says them."""
+    """Data set, its sizes, the backbone and flags off their defaults, for figures and tables."""
     data = results["dataset"]
     foreign = "" if data["own"] else " (not the study's data set)"
     items = f"{data['eval_rows']:,} {data['eval_split']} items"
     rows = f"{data['train_rows']:,} training texts"
-    return f"{data['name']}{foreign}: {items}, {rows}; {results['backbone']}"
+    departures = "".join(f"; {choice}" for choice in results.get("departures", []))
+    return f"{data['name']}{foreign}: {items}, {rows}; {results['backbone']}{departures}"
 
 
 def is_comparable(results: Mapping, published: Mapping | None) -> bool:

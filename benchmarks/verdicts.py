@@ -43,6 +43,7 @@ SETTINGS = Settings(
     stability_refits=3,
     silhouette_items=200,
     cluster_items=200,
+    probe_items=0,
     mixture_dims=4,
     most_clusters=4,
 )

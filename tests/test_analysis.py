@@ -39,7 +39,7 @@ def made_up(arms=("classification", "dual", "dual_engram"), seeds=2, n=80, layer
     features = {"labels": labels}
     for arm in arms:
         for seed in range(seeds):
-            sign = (2.0 * labels - 1) + 0.6 * rng.normal(size=n)
+            sign = (2.0 * labels - 1) + rng.normal(size=n)
             tapped = rng.normal(size=(n, 12)) + np.outer(sign, np.eye(12)[0] * 3)
             pooled = rng.normal(size=(n, 12)) + np.outer(sign, np.eye(12)[1])
             run = {
