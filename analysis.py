@@ -20,7 +20,6 @@ from threadpoolctl import threadpool_limits
 import measures
 from claims import Evidence, verdicts
 from common import (
-    adjusted_mutual_information,
     adjusted_rand,
     cluster_accuracy,
     cosine_gap,
@@ -213,7 +212,7 @@ def _score(run: Run, labels, scores: Scores, settings: Settings) -> None:
         fit(measures.principal_components(tap, width, whiten=True), "whitened", settings.restarts)
 
 
-_BAND_METRICS = ("ari", "ami", "cluster_accuracy", "cosine_gap", "centred_cosine_gap")
+_BAND_METRICS = ("ari", "cluster_accuracy", "cosine_gap", "centred_cosine_gap")
 
 
 def _band(run: Run, labels, width: int, scores: Scores, settings: Settings) -> dict:
@@ -222,13 +221,14 @@ def _band(run: Run, labels, width: int, scores: Scores, settings: Settings) -> d
     # one stream a seed: arms of a seed are met by the same random compressors
     rng = np.random.default_rng([scores.seed, run.seed])
     weights = scores.weights[: settings.cosine_resamples]
+    everything = np.ones((1, len(labels)), np.uint8)
 
     def measure(x):
         clusters = kmeans(x, k, run.seed, settings.band_restarts).clusters
+        partition = ari_statistic(labels, clusters)
         raw, centred = cosine_gap(x, labels), cosine_gap(x, labels, centre=True)
         return clusters, {
-            "ari": adjusted_rand(labels, clusters),
-            "ami": adjusted_mutual_information(labels, clusters),
+            "ari": float(resample(partition, everything)[0]),
             "cluster_accuracy": cluster_accuracy(labels, clusters).accuracy,
             "cosine_gap": raw.within - raw.between,
             "centred_cosine_gap": centred.within - centred.between,
@@ -245,20 +245,18 @@ def _band(run: Run, labels, width: int, scores: Scores, settings: Settings) -> d
             gaps.append(cosine_gap_draws(code, labels, weights, centre=True))
     band = {name: np.array([figures[name] for figures in found]) for name in _BAND_METRICS}
     out = {"draws": band, "trained": None}
+    drawn = {}
+    if trained:
+        drawn["ari"] = ari_statistic(labels, np.stack(partitions))
+        # resampled on some of the random compressors, moved to the mean of all of them
+        centred = band["centred_cosine_gap"]
+        drawn["centred_cosine_gap"] = (
+            np.mean(gaps, 0) + centred.mean() - centred[: len(gaps)].mean()
+        )
+        clusters, out["trained"] = measure(run.representations["engram"])
+        scores.add(run, "trained.ari", out["trained"]["ari"], ari_statistic(labels, clusters))
     for name, values in band.items():
-        if name not in ("ari", "centred_cosine_gap"):
-            scores.add(run, f"random.{name}", values.mean())
-    if not trained:
-        scores.add(run, "random.ari", band["ari"].mean())
-        scores.add(run, "random.centred_cosine_gap", band["centred_cosine_gap"].mean())
-        return out
-    scores.add(run, "random.ari", band["ari"].mean(), ari_statistic(labels, np.stack(partitions)))
-    centred = band["centred_cosine_gap"]
-    # resampled on some of the random compressors, moved to the mean of all of them
-    shift = centred.mean() - centred[: len(gaps)].mean()
-    scores.add(run, "random.centred_cosine_gap", centred.mean(), np.mean(gaps, 0) + shift)
-    clusters, out["trained"] = measure(run.representations["engram"])
-    scores.add(run, "trained.ari", out["trained"]["ari"], ari_statistic(labels, clusters))
+        scores.add(run, f"random.{name}", values.mean(), drawn.get(name))
     return out
 
 

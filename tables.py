@@ -386,4 +386,6 @@ def _benchmark(shown: Mapping[str, str], benchmark: Mapping | None) -> str:
         for row in benchmark["rows"]
     ]
     caption = f"{benchmark['machine']}, {benchmark['date']}; median of {benchmark['rounds']} rounds"
+    if "texts" in benchmark:
+        caption += f"; an epoch is {benchmark['texts']:,} of {benchmark['dataset']}'s texts"
     return f"{caption}; MB: peak memory of the process.\n\n{_markdown(header, rows)}"

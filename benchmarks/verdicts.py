@@ -137,7 +137,7 @@ def planted(scenario: str, draw: int) -> tuple[dict[str, np.ndarray], dict]:
             if "engram" not in arm and arm != "untrained":
                 continue
             direction = rng.normal(size=TAP)
-            tap = np.outer(evidence, 2 * direction / np.linalg.norm(direction))
+            tap = np.outer(evidence, 4 * direction / np.linalg.norm(direction))
             tap = (tap + rng.normal(size=(ITEMS, TAP))).astype(np.float16)
             weights = {k: rng.uniform(-1, 1, s) / np.sqrt(TAP) for k, s in _SHAPES.items()}
             start = np.tanh(tap @ weights["W0"].T + weights["b0"])

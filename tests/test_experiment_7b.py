@@ -26,7 +26,7 @@ def test_smoke_run_end_to_end(tmp_path, script, quantise):
         text=True,
         cwd=tmp_path,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     results = json.loads((out / "results.json").read_text())

@@ -1,0 +1,290 @@
+"""What does the same QLoRA training cost: published recipe, Hugging Face Trainer, ours?
+
+    python benchmarks/qlora.py --backbone ID_OR_PATH [--data ../sst2] [--arm dual] [--steps 10]
+
+Same NF4 base, rows, batches of 16 and seed for every contender, taken in turn in one process.
+"published": written from the study's description: every text padded to --max-tokens, float32 logits
+at every padded position, gradient checkpointing always, micro-batches of 8. "trainer": the
+library's Trainer with dynamic padding and length grouping, sequence classification only, so it does
+less than Models 2 and 3. Writes benchmarks/qlora-cpu.json or qlora-gpu.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import backbones
+import batches
+import data
+from common import ARMS, ClassificationHead, StudyModel
+from results import provenance
+from training import Fit, Recipe, derive_seed, prepare_cpu, seed_everything
+
+BATCH = 16
+
+
+class PaddedModel(nn.Module):
+    """Causal LM, masked mean, head: what the published recipe and the Trainer share."""
+
+    def __init__(self, backbone: backbones.CausalBackbone, classes: int, lm: bool) -> None:
+        super().__init__()
+        self.lm = backbone.model
+        self.with_lm = lm
+        self.head = ClassificationHead(backbone.hidden_size, classes)
+
+    def forward(self, input_ids, attention_mask, labels):
+        """(B, L) tokens and mask, (B,) labels -> loss and logits, as the library's models give."""
+        causal = self.lm.get_base_model()
+        hidden = causal.base_model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
+        mask = attention_mask.unsqueeze(2).float()
+        logits, _ = self.head((hidden.float() * mask).sum(1) / mask.sum(1))
+        loss = F.cross_entropy(logits, labels)
+        if self.with_lm:
+            words = causal.get_output_embeddings()(hidden[:, :-1]).float()
+            targets = input_ids[:, 1:].masked_fill(attention_mask[:, 1:] == 0, -100)
+            lm = F.cross_entropy(words.flatten(0, 1), targets.flatten(), ignore_index=-100)
+            loss = 0.5 * loss + 0.5 * lm
+        return {"loss": loss, "logits": logits}
+
+
+def rows_of(train: batches.Encoded, items: np.ndarray, length: int | None) -> dict:
+    """Padded tensors of the given rows; length None: of the longest."""
+    batch = train.batch(items)
+    width = length or batch.longest
+    tokens = torch.zeros(len(batch), width, dtype=torch.int64)
+    mask = torch.arange(width) < batch.lengths.unsqueeze(1)
+    tokens[mask] = batch.tokens
+    return {"input_ids": tokens, "attention_mask": mask.long(), "labels": batch.labels}
+
+
+def load(options: argparse.Namespace, lean: bool, recompute: str) -> backbones.Pretrained:
+    pretrained = backbones.load(
+        options.backbone,
+        quantise=options.quantise,
+        max_tokens=options.max_tokens,
+        recompute=recompute,
+        vram_gib=options.vram_gib,
+        lean=lean,
+    )
+    if not lean:  # the library's own attention for padded rows
+        pretrained.backbone.model.get_base_model().set_attn_implementation("sdpa")
+        for layer in pretrained.backbone.recomputable:
+            layer.gradient_checkpointing = recompute == "on"
+    return pretrained
+
+
+def ours(options, train, order) -> Callable[[int, int], float]:
+    """Steps first..last of our path; the mean loss over them."""
+    pretrained = load(options, True, "auto")
+    arm = ARMS[options.arm]
+    seed_everything(0, "initialisation")
+    model = StudyModel(pretrained.make_backbone(arm), arm, options.classes, 128)
+    model.to(pretrained.device).train()
+    recipe = Recipe(3, 2e-4, 0.01, BATCH, 1.0, "cosine", 0.05, micro_batch_tokens=1800)
+    fit = Fit(model, recipe, train, train, 0)
+
+    def run(first: int, last: int) -> float:
+        for step in range(first, last):
+            fit.step(train.batch(order[step]))
+        fit.settle()
+        totals = fit.progress.totals
+        lm = totals.lm / max(1, totals.targets)
+        return arm.cls_weight * totals.cls / totals.texts + arm.lm_weight * lm
+
+    return run
+
+
+def published(options, train, order) -> Callable[[int, int], float]:
+    """Padded to --max-tokens, recomputed, micro-batches of 8 (2 in the engram arm)."""
+    pretrained = load(options, False, "on")
+    seed_everything(0, "initialisation")
+    pretrained.backbone.reset()
+    lm = ARMS[options.arm].lm_weight > 0
+    model = PaddedModel(pretrained.backbone, options.classes, lm).to(pretrained.device).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.01)
+    micro = 2 if ARMS[options.arm].has_prefix else 8
+
+    def run(first: int, last: int) -> float:
+        losses = []
+        for step in range(first, last):
+            optimizer.zero_grad()
+            for part in np.split(order[step], range(micro, len(order[step]), micro)):
+                inputs = rows_of(train, part, options.max_tokens)
+                inputs = {k: v.to(pretrained.device) for k, v in inputs.items()}
+                loss = model(**inputs)["loss"] * len(part) / len(order[step])
+                loss.backward()
+                losses.append(loss.item())
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+        return sum(losses) / max(1, last - first)
+
+    return run
+
+
+class _Rows(torch.utils.data.Dataset):
+    def __init__(self, train: batches.Encoded, items: np.ndarray) -> None:
+        self.train, self.items = train, items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> dict:
+        batch = self.train.batch(self.items[[index]])
+        return {"input_ids": batch.tokens.tolist(), "labels": int(batch.labels)}
+
+
+def trainer(options, train, order) -> Callable[[int, int], float]:
+    """The library's Trainer: dynamic padding, length grouping."""
+    pretrained = load(options, False, "off")
+    seed_everything(0, "initialisation")
+    pretrained.backbone.reset()
+    lm = ARMS[options.arm].lm_weight > 0
+    model = PaddedModel(pretrained.backbone, options.classes, lm)
+
+    def collate(rows: list[dict]) -> dict:
+        width = max(len(row["input_ids"]) for row in rows)
+        tokens = torch.zeros(len(rows), width, dtype=torch.int64)
+        mask = torch.zeros(len(rows), width, dtype=torch.int64)
+        for i, row in enumerate(rows):
+            tokens[i, : len(row["input_ids"])] = torch.tensor(row["input_ids"])
+            mask[i, : len(row["input_ids"])] = 1
+        labels = torch.tensor([row["labels"] for row in rows])
+        return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
+
+    def run(first: int, last: int) -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = transformers.TrainingArguments(
+                folder,
+                per_device_train_batch_size=BATCH,
+                num_train_epochs=1,
+                learning_rate=2e-4,
+                weight_decay=0.01,
+                train_sampling_strategy="group_by_length",
+                save_strategy="no",
+                report_to=[],
+                disable_tqdm=True,
+                use_cpu=pretrained.device.type == "cpu",
+                bf16=False,
+            )
+            dataset = _Rows(train, np.concatenate(order[first:last]))
+            worker = transformers.Trainer(model, arguments, collate, dataset)
+            return float(worker.train().training_loss)
+
+    return run
+
+
+CONTENDERS = {"published": published, "trainer": trainer, "ours": ours}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--backbone", required=True)
+    parser.add_argument("--data", help="as for experiment_7b.py")
+    parser.add_argument("--agnews", action="store_true", help="AG News instead of SST-2")
+    parser.add_argument("--arm", choices=("classification", "dual", "dual_engram"), default="dual")
+    parser.add_argument("--quantise", choices=("nf4", "none"), default="nf4")
+    parser.add_argument("--warm-up", type=int, default=2, help="steps before the clock")
+    parser.add_argument("--steps", type=int, default=8, help="measured steps a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--max-tokens", type=int, help="default: 128, AG News 256")
+    parser.add_argument("--vram-gib", type=float)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    options.max_tokens = options.max_tokens or (256 if options.agnews else 128)
+    prepare_cpu(options.threads)
+    total = options.warm_up + options.steps * options.rounds
+    spec = data.AG_NEWS if options.agnews else data.SST2
+    dataset = data.load(spec, options.data, limit_train=total * BATCH)
+    options.classes = len(dataset.class_names)
+    where = load(options, True, "off")
+    train = batches.encode(dataset.train, where.tokenize, options.max_tokens)
+    name, device = where.name, where.device
+    del where
+    order = batches.batch_order(train.lengths, BATCH, derive_seed(0, "order"), 0, 0)
+    if len(order) < total:
+        raise SystemExit(f"{total} steps need {total * BATCH} rows; there are {len(train)}")
+    rows, runs, seconds = {}, {}, {}
+    for contender in options.contenders:
+        runs[contender] = CONTENDERS[contender](options, train, order)
+        runs[contender](0, options.warm_up)
+        seconds[contender] = []
+    for number in range(options.rounds):
+        first = options.warm_up + number * options.steps
+        tokens = sum(
+            int(train.lengths[order[i]].sum()) for i in range(first, first + options.steps)
+        )
+        for contender, run in runs.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            started = time.perf_counter()
+            loss = run(first, first + options.steps)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+                peak = torch.cuda.max_memory_allocated() / 2**20
+            else:  # of the whole process so far: all contenders together
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            spent = time.perf_counter() - started
+            seconds[contender].append((spent, tokens))
+            rows[contender] = {
+                "tokens_per_s": statistics.median(t / s for s, t in seconds[contender]),
+                "examples_per_s": BATCH
+                * options.steps
+                / statistics.median(s for s, _ in seconds[contender]),
+                "ms_per_step": 1000
+                * statistics.median(s for s, _ in seconds[contender])
+                / options.steps,
+                "peak_mib": peak,
+                "last_loss": loss,
+            }
+    for contender, row in rows.items():
+        if "ours" in seconds:
+            pairs = zip(seconds[contender], seconds["ours"], strict=True)
+            row["ours_times_faster"] = statistics.median(a / b for (a, _), (b, _) in pairs)
+        print(contender, json.dumps(row), flush=True)
+    facts = provenance(device)
+    result = {
+        "machine": facts["hardware"],
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": facts["commit"],
+        "versions": facts["versions"],
+        "dataset": dataset.name,
+        "backbone": name,
+        "arm": options.arm,
+        "max_tokens": options.max_tokens,
+        "steps": options.steps,
+        "rounds": options.rounds,
+        "rows": rows,
+    }
+    kind = "gpu" if device.type == "cuda" else "cpu"
+    out = options.out or Path(__file__).with_name(f"qlora-{kind}.json")
+    out.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()
