@@ -7,13 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -39,6 +36,11 @@ from pretrained import (
     share_memory,
     weight_bytes,
 )
+
+if TYPE_CHECKING:
+    # peft imports bitsandbytes, which writes to stderr unless `quiet` has been called
+    from peft import LoraConfig, PeftModel
+
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ALPHA, DROPOUT = 32, 0.05
@@ -69,6 +71,8 @@ class CausalBackbone(nn.Module):
     def __init__(
         self, model: PeftModel, recompute: str = "off", memory: float = float("inf")
     ) -> None:
+        from peft.tuners.lora import LoraLayer
+
         super().__init__()
         self.model, self.recompute, self.memory = model, recompute, memory
         causal = model.get_base_model()
@@ -107,10 +111,14 @@ class CausalBackbone(nn.Module):
 
     def adapter_state(self) -> dict[str, Tensor]:
         """LoRA weights under PEFT's own names."""
+        from peft.utils import get_peft_model_state_dict
+
         return get_peft_model_state_dict(self.model, save_embedding_layers=False)
 
     def load_adapter_state(self, state: dict[str, Tensor]) -> None:
         """Take LoRA weights; ValueError or RuntimeError if they are another model's."""
+        from peft.utils import set_peft_model_state_dict
+
         if state.keys() != self.adapter_state().keys():
             raise ValueError("the adapters are those of other layers")
         set_peft_model_state_dict(self.model, state)
@@ -330,6 +338,8 @@ def load(
             raise UserError(f'the tokenizer of "{source}" has more tokens than its embedding.')
         ids, own = probe(model, source, device)
         targets = _targets(model, lora_targets, source)
+        from peft import LoraConfig, get_peft_model
+
         lora = LoraConfig(
             r=RANK,
             lora_alpha=ALPHA,

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,9 @@ def quiet() -> Iterator[None]:
     library_logging.set_verbosity_error()
     library_logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         library_logging.set_verbosity(level)
         if bars:
@@ -62,7 +65,7 @@ def read_config(source: str) -> tuple[Any, bool]:
         raise UserError(f"--backbone {source} is no model folder, GGUF file or hub id. Pass one.")
     with contextlib.suppress(OSError, ValueError):  # what the cache holds needs no network
         return AutoConfig.from_pretrained(source, local_files_only=True), True
-    trouble = sources._hub_trouble(source)
+    trouble = sources.hub_trouble(source)
     if not trouble:
         try:
             return AutoConfig.from_pretrained(source), False

@@ -166,7 +166,7 @@ def _cause(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
-def _hub_trouble(hub_id: str) -> str:
+def hub_trouble(hub_id: str) -> str:
     """Why the hub cannot be asked, or ""; answers within HUB_TIMEOUT_S."""
     from huggingface_hub import constants
 
@@ -194,7 +194,7 @@ def _hub_trouble(hub_id: str) -> str:
 
 
 def hub_tables(hub_id: str, eval_split: str) -> list[Table]:
-    trouble = _hub_trouble(hub_id)
+    trouble = hub_trouble(hub_id)
     import datasets
     from huggingface_hub import constants
 

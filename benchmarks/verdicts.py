@@ -31,7 +31,7 @@ from analysis import Settings, analyse
 from claims import OPEN, REFUTED, SUPPORTED
 from inference import ALPHA
 
-SEEDS, ITEMS, POOLED, TAP, ENGRAM = 5, 400, 24, 48, 96
+SEEDS, ITEMS, POOLED, TAP, ENGRAM = 8, 400, 24, 48, 128
 SETTINGS = Settings(
     restarts=3,
     layer_restarts=1,
@@ -112,7 +112,9 @@ def planted(scenario: str, draw: int) -> tuple[dict[str, np.ndarray], dict]:
     """
     rng = np.random.default_rng([draw, *scenario.encode()])
     labels = rng.permutation(np.arange(ITEMS) % 2)
-    rival = rng.permutation(np.arange(ITEMS) % 2)
+    rival = np.empty(ITEMS, int)  # as many of each class: independent by construction
+    for label in (0, 1):
+        rival[labels == label] = rng.permutation(np.arange(ITEMS // 2) % 2)
     sign, hard = 2.0 * labels - 1, rng.normal(size=ITEMS)
     favour, informative = scenario == "class beyond the classifier", scenario != "nothing"
     features = {"labels": labels}
@@ -147,7 +149,8 @@ def planted(scenario: str, draw: int) -> tuple[dict[str, np.ndarray], dict]:
             if arm in owed and (favour or scenario == "another label"):
                 axis = rng.choice([-1.0, 1.0], ENGRAM)
                 code = np.tanh(np.outer(carries, axis) + 0.7 * rng.normal(size=start.shape))
-            features |= {here + k: v.astype(np.float32) for k, v in weights.items()}
+            if arm != "classification_engram":  # P2 needs its code only; its A1 is left out
+                features |= {here + k: v.astype(np.float32) for k, v in weights.items()}
             features[here + "intermediate"] = tap
             features[here + "engram"] = code.astype(np.float16)
     results = {"dataset": {"slug": "sst2", "name": scenario}, "backbone": "from scratch, made up"}

@@ -303,7 +303,7 @@ def test_hub_rows_are_the_specs_own_and_bring_class_names(monkeypatch):
         hidden = part.map(lambda row: {"label": -1})
         return datasets.DatasetDict(train=part, test=hidden, validation=part)
 
-    monkeypatch.setattr(sources, "_hub_trouble", lambda hub_id: "")
+    monkeypatch.setattr(sources, "hub_trouble", lambda hub_id: "")
     monkeypatch.setattr(datasets, "load_dataset", fake)
     own, other = data.load(SST2), data.load(SST2, "some/Moods")
     assert (own.name, own.own, own.evaluation.name) == ("SST-2", True, "validation")
