@@ -86,13 +86,13 @@ class Block(nn.Module):
         """(rows, H) -> (rows, H), each text attending to itself only."""
         width = x.shape[1]
         padded = self.qkv(x).index_select(0, groups.rows)
-        seen, start = [], 0
-        for (texts, length), mask in zip(groups.shapes, groups.masks, strict=True):
-            part = padded[start : start + texts * length]
+        # split, not slices: the gradient of a slice is a zero-filled whole
+        parts = padded.split([texts * length for texts, length in groups.shapes])
+        seen = []
+        for part, (texts, length), mask in zip(parts, groups.shapes, groups.masks, strict=True):
             q, k, v = part.view(texts, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
             seen.append(out.transpose(1, 2).reshape(texts * length, width))
-            start += texts * length
         return self.out(torch.cat(seen).index_select(0, groups.back))
 
     def forward(self, x: Tensor, groups: Groups, drops: tuple | None) -> Tensor:

@@ -5,7 +5,7 @@
 Each draw makes the features of SEEDS seeds of every arm from a known law, runs the whole analysis,
 and compares the verdicts with what was planted. Writes benchmarks/verdicts.json, which FINDINGS.md
 prints: per scenario and claim how often the verdict came out as planted, and how often a primary
-contrast with no true difference came out significant. About 10 minutes on 2 cores.
+contrast with no true difference came out significant. About 20 minutes on 2 cores.
 """
 
 from __future__ import annotations
@@ -142,13 +142,12 @@ def planted(scenario: str, draw: int) -> tuple[dict[str, np.ndarray], dict]:
             tap = np.outer(evidence, 4 * direction / np.linalg.norm(direction))
             tap = (tap + rng.normal(size=(ITEMS, TAP))).astype(np.float16)
             weights = {k: rng.uniform(-1, 1, s) / np.sqrt(TAP) for k, s in _SHAPES.items()}
-            start = np.tanh(tap @ weights["W0"].T + weights["b0"])
             code = np.tanh(tap @ weights["W"].T + weights["b"])
             carries = sign if favour else 2.0 * rival - 1
             owed = {"dual_engram", "lm_only_engram"}
             if arm in owed and (favour or scenario == "another label"):
                 axis = rng.choice([-1.0, 1.0], ENGRAM)
-                code = np.tanh(np.outer(carries, axis) + 0.7 * rng.normal(size=start.shape))
+                code = np.tanh(np.outer(carries, axis) + 0.7 * rng.normal(size=code.shape))
             if arm != "classification_engram":  # P2 needs its code only; its A1 is left out
                 features |= {here + k: v.astype(np.float32) for k, v in weights.items()}
             features[here + "intermediate"] = tap
@@ -160,7 +159,7 @@ def planted(scenario: str, draw: int) -> tuple[dict[str, np.ndarray], dict]:
 _SHAPES = {"W0": (ENGRAM, TAP), "b0": (ENGRAM,), "W": (ENGRAM, TAP), "b": (ENGRAM,)}
 
 
-def run(case: tuple[str, int]) -> tuple[str, dict[str, str], dict[str, float | None]]:
+def run(case: tuple[str, int]) -> tuple[str, dict[str, str], dict[str, tuple]]:
     """Scenario, verdicts by claim, and (raw, adjusted) p of the primary contrasts by id."""
     scenario, draw = case
     found = analyse(*planted(scenario, draw), seed=draw, settings=SETTINGS)
