@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common import Arm, Batch, UserError
+from decoder import Decoder, Frozen
 from lora import LeanLora
 from packing import ROW_MULTIPLE, Layout, packed_attention
 from pretrained import (
@@ -87,6 +88,8 @@ class CausalBackbone(nn.Module):
         for layer in self.recomputable:
             layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
         self.adapted = [m for m in model.modules() if isinstance(m, LoraLayer)]
+        self.decoder: Decoder | None = None
+        self.frozen_head: Frozen | None = None  # the next-token head's products, where it is packed
 
     @property
     def unembedding(self) -> Tensor:
@@ -124,12 +127,19 @@ class CausalBackbone(nn.Module):
         set_peft_model_state_dict(self.model, state)
 
     def make_lean(self, resident_bytes: float = 0.0) -> None:
-        """Give PEFT's LoRA layers over linear ones a lean forward: same weights, same law.
+        """Give layers of the Llama family a lean forward, or else PEFT's LoRA layers: same law.
 
         Args:
             resident_bytes: 4-bit weights are dequantised once and kept, layer after layer, while
                 this lasts; the rest are dequantised whenever they are used.
         """
+        base = self.model.get_base_model().base_model
+        if Decoder.fits(base):
+            frozen_of = _Residents(resident_bytes)
+            self.decoder = Decoder(base, frozen_of)
+            head = frozen_of([self.model.get_base_model().get_output_embeddings()])
+            self.frozen_head = head if head.packed else None
+            return
         for layer in self.adapted:
             base = layer.get_base_layer()
             if not isinstance(base, nn.Linear):
@@ -171,6 +181,16 @@ class CausalBackbone(nn.Module):
         recompute = self.recompute == "on" or (
             self.recompute == "auto" and rows * self.row_bytes > self.memory
         )
+        picked = []
+        if layers is not None:
+            picked = torch.linspace(0, self.layer_count, DEPTHS).round().int().tolist()
+        if self.decoder is not None:
+            padded = F.pad(x, (0, 0, 0, rows - len(x)))
+            places = F.pad(positions, (0, rows - len(positions)))
+            out, states = self.decoder(padded, places, layout, recompute, picked)
+            if layers is not None:
+                layers.extend(state[:tokens] for state in states)
+            return out[:tokens]
         for layer in self.recomputable:
             layer.gradient_checkpointing = recompute
         out = causal.base_model(
@@ -181,9 +201,27 @@ class CausalBackbone(nn.Module):
             packed=layout,
         )
         if layers is not None:
-            picked = torch.linspace(0, self.layer_count, DEPTHS).round().int().tolist()
             layers.extend(out.hidden_states[i][0, :tokens] for i in picked)
         return out.last_hidden_state[0, :tokens]
+
+
+class _Residents:
+    """Frozen weights of sibling layers, kept dequantised while the bytes last."""
+
+    def __init__(self, room: float) -> None:
+        self.room = room
+
+    def __call__(self, bases: Sequence[nn.Linear]) -> Frozen:
+        weight = bases[0].weight
+        quantised = getattr(weight, "quant_state", None) is not None
+        copies = 2 if weight.is_cpu else 1  # packed for forward and for backward
+        needed = 2 * copies * sum(base.in_features * base.out_features for base in bases)
+        keep = needed <= self.room
+        if keep:
+            self.room -= needed
+        weights = [_weight_of(base, 0.0) for base in bases]
+        # weights that are there anyway cost no room, unless joining or packing copies them
+        return Frozen(weights, [base.bias for base in bases], keep and (quantised or weight.is_cpu))
 
 
 def _weight_of(base: nn.Linear, resident_bytes: float) -> Callable[[], Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -253,7 +254,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Gradients computed in the forward pass, in row chunks: one (chunk, V) array in all."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, chunk, dtype):
+    def forward(ctx, hidden, weight, targets, chunk, dtype, frozen):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         # whole multiples of rows: kernels compiled per shape are met again; zero rows add nothing
         spare = -len(hidden) % LM_ROW_MULTIPLE
@@ -261,13 +262,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=torch.float32)
         d_hidden = torch.empty_like(rows) if needs_hidden else None
         d_weight = None
-        buffer = rows.new_empty(min(chunk, len(rows)), len(matrix))
+        buffer = rows.new_empty(min(chunk, len(rows)) if frozen is None else 0, len(matrix))
         smallest = torch.finfo(torch.float32).tiny
         for start in range(0, len(rows), chunk):
             part, wanted = rows[start : start + chunk], targets[start : start + chunk]
             row = torch.arange(len(wanted), device=hidden.device)
             # softmax computes in float32 inside and may write over its input
-            logits = torch.mm(part, matrix.T, out=buffer[: len(part)])
+            if frozen is None:
+                logits = torch.mm(part, matrix.T, out=buffer[: len(part)])
+            else:
+                logits = frozen.forward(part)
             probabilities = torch.softmax(logits, 1, out=logits)
             likelihoods = probabilities[row, wanted].float()
             total -= likelihoods.clamp_min(smallest).log().sum()
@@ -276,7 +280,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             d_logits = probabilities
             d_logits[row, wanted] = (likelihoods - 1).to(dtype)  # scatter_ would copy it all
             if needs_hidden:
-                d_hidden[start : start + chunk] = d_logits @ matrix
+                d_part = d_logits @ matrix if frozen is None else frozen.backward(d_logits)
+                d_hidden[start : start + chunk] = d_part
             if needs_weight:
                 product = (d_logits.T @ part).float()
                 d_weight = product if d_weight is None else d_weight.add_(product)
@@ -291,7 +296,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, d_total):
         pairs, ctx.gradients = ctx.gradients, None  # scaled in place: one backward pass only
         scaled = [None if d is None else d.to(t).mul_(d_total.to(t)) for d, t in pairs]
-        return *scaled, None, None, None
+        return *scaled, None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -308,6 +313,7 @@ def lm_loss(
     unembedding: Tensor,
     chunk: int = 512,
     dtype: torch.dtype = torch.float32,
+    frozen: Any = None,
 ) -> LossSum:
     """Next-token cross-entropy over a packed batch, as sum and count.
 
@@ -320,12 +326,14 @@ def lm_loss(
         unembedding: (V, H) output matrix; frozen or trained.
         chunk: rows handled at a time; bounds memory at chunk * V floats.
         dtype: of the matrix products; the softmax is always float32.
+        frozen: the same matrix as an object with products `forward` (N, H) -> (N, V) and `backward`
+            in `dtype`, where it is never trained; None to use `unembedding` itself.
     Returns:
         sum in nats (0 if there is no target) and the number of target tokens.
     """
     rows = batch.lm_rows
     targets = batch.tokens[rows + 1]
-    total = _LinearCrossEntropy.apply(hidden[rows], unembedding, targets, chunk, dtype)
+    total = _LinearCrossEntropy.apply(hidden[rows], unembedding, targets, chunk, dtype, frozen)
     return LossSum(total, len(rows))
 
 

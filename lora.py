@@ -5,22 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
-def keep_mask(seed: int, like: Tensor, rate: float) -> Tensor:
-    """int16 of the shape of `like`: all bits set where dropout keeps, none where it drops.
+def keep_mask(seed: int, size: int, rate: float, device: torch.device) -> Tensor:
+    """(size,) int16: all bits set where dropout keeps, none where it drops.
 
-    A pure function of seed, shape, rate and device. Sixteen random bits an element, compared in
-    whole-number arithmetic: many times cheaper on a CPU than `F.dropout`; the rate is met to
-    within 2^-17.
+    A pure function of its arguments. Sixteen random bits an element, compared in whole-number
+    arithmetic: many times cheaper on a CPU than `F.dropout`; the rate is met to within 2^-17.
     """
-    generator = torch.Generator(like.device).manual_seed(seed)
-    words = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device)
-    lanes = words.random_(-(2**63), None, generator=generator).view(torch.int16)[: like.numel()]
+    count = -(-size // 4)
+    if device.type == "cpu":  # NumPy's SFC64 is twice as fast as torch's Mersenne twister
+        drawn = np.random.Generator(np.random.SFC64(seed)).integers(0, 2**64, count, np.uint64)
+        words = torch.from_numpy(drawn.view(np.int64))
+    else:
+        generator = torch.Generator(device).manual_seed(seed)
+        words = torch.empty(count, dtype=torch.int64, device=device)
+        words.random_(-(2**63), None, generator=generator)
+    lanes = words.view(torch.int16)[:size]
     first_kept = round(rate * 2**16) - 2**15
-    return lanes.clamp_(first_kept - 1, first_kept).sub_(first_kept - 1).neg_().view_as(like)
+    return torch.ge(lanes, first_kept, out=torch.empty_like(lanes)).neg_()
 
 
 def masked(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -43,7 +49,7 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, a, b, layer, seed):
         down, up = a.to(x.dtype), (b * layer.gain(seed)).to(x.dtype)
-        mask = None if seed is None else keep_mask(seed, x, layer.rate)
+        mask = None if seed is None else keep_mask(seed, x.numel(), layer.rate, x.device).view_as(x)
         dropped = masked(x, mask)
         inner = dropped @ down.T
         out = torch.nn.functional.linear(x, layer.weight(), layer.bias).addmm_(inner, up.T)
@@ -56,7 +62,7 @@ class _LoraLinear(torch.autograd.Function):
         dropped, inner, down, up = ctx.saved_tensors
         layer, mask = ctx.layer, ctx.mask
         if ctx.seed is not None and mask is None:
-            mask = keep_mask(ctx.seed, dropped, layer.rate)
+            mask = keep_mask(ctx.seed, dropped.numel(), layer.rate, dropped.device).view_as(dropped)
             dropped = masked(dropped, mask)
         d_x = d_a = d_b = None
         d_inner = d_out @ up

@@ -127,7 +127,8 @@ def batch_losses(
     lm = []
     if model.arm.lm_weight:
         matrix = model.backbone.unembedding
-        lm = [lm_loss(out.hidden, b, matrix, recipe.lm_chunk, dtype) for b, out in passes]
+        frozen = getattr(model.backbone, "frozen_head", None)
+        lm = [lm_loss(out.hidden, b, matrix, recipe.lm_chunk, dtype, frozen) for b, out in passes]
     correct = [(out.logits.argmax(1) == batch.labels).sum() for batch, out in passes]
     return Losses(
         cls=sum(part.total for part in cls),

@@ -29,7 +29,7 @@ def tiny(folder, kind="qwen2", texts=("the film is good", "a bad story"), **opti
     return str(folder)
 
 
-@pytest.fixture(scope="session", params=["qwen2", "llama"])
+@pytest.fixture(scope="session", params=["qwen2", "llama", "mistral"])
 def folder(request, tmp_path_factory):
     return tiny(tmp_path_factory.mktemp("tiny") / request.param, request.param)
 
@@ -70,6 +70,14 @@ def one_by_one(backbone, batch, prefix=None):
     return torch.cat(rows)
 
 
+def without_dropout(backbone):
+    layers = backbone.decoder.layers if backbone.decoder else []
+    for lean in [g for layer in layers for g in layer.groups] + [
+        layer.forward for layer in backbone.adapted if isinstance(layer.forward, lora.LeanLora)
+    ]:
+        lean.rate = 0.0
+
+
 def gradients(backbone):
     found = {n: p.grad.clone() for n, p in backbone.named_parameters() if p.requires_grad}
     for parameter in backbone.parameters():
@@ -91,9 +99,7 @@ def test_packed_equals_one_by_one(folder, with_prefix, recompute):
     lean = trained_like(loaded(folder, recompute=recompute).backbone).eval()
     plain = trained_like(loaded(folder, lean=False).backbone).eval()
     if recompute == "on":
-        lean.train()
-        for layer in lean.adapted:
-            layer.forward.rate = 0.0
+        without_dropout(lean.train())
     batch = random_texts(50)
     prefix = torch.randn(len(batch), lean.hidden_size) if with_prefix else None
     weights = torch.randn(len(batch.tokens), lean.hidden_size)
@@ -147,8 +153,7 @@ def test_nf4_lean_equals_the_plain_peft_path(tmp_path):
         # the plain path in training mode, without its dropout: 4-bit layers change kernel else
         for layer in backbone.adapted:
             layer.lora_dropout["default"].p = 0.0
-            if lean:
-                layer.forward.rate = 0.0
+        without_dropout(backbone)
         hidden = backbone.train()(batch) if lean else one_by_one(backbone.train(), batch)
         (hidden * weights).sum().backward()  # squares would be constant after the norm
         found.append(([hidden], gradients(backbone)))
@@ -220,7 +225,7 @@ def test_dropout_drops_at_its_rate_and_its_gradient_is_that_of_the_equation():
     torch.manual_seed(1)
     out = layer(x)
     torch.manual_seed(1)
-    mask = lora.keep_mask(int(torch.randint(2**62, ())), x, 0.3) != 0
+    mask = lora.keep_mask(int(torch.randint(2**62, ())), x.numel(), 0.3, x.device).view_as(x) != 0
     wanted = x @ weight.T + bias + 2.0 * (x * mask / 0.7) @ a.T @ b.T
     assert torch.allclose(out, wanted, atol=1e-4)
     upstream = torch.randn_like(out)
@@ -229,7 +234,7 @@ def test_dropout_drops_at_its_rate_and_its_gradient_is_that_of_the_equation():
     assert worst(ours, theirs) < 1e-5
     for dtype in (torch.float32, torch.bfloat16):
         ones = torch.ones(1000, 1000, dtype=dtype)
-        kept = lora.masked(ones, lora.keep_mask(5, ones, 0.05))
+        kept = lora.masked(ones, lora.keep_mask(5, ones.numel(), 0.05, ones.device).view_as(ones))
         assert float(kept.float().mean()) == pytest.approx(0.95, abs=0.001)
 
 
