@@ -8,7 +8,7 @@
 
 A table stands between `<!-- table:NAME -->` and `<!-- end -->`, each on a line of its own; a number
 in a sentence between `<!-- v:NAME -->` and `<!-- /v -->`. NAME of a table is KEY-KIND, KEY one of
-KEYS or a subfolder's (`7b/SmolLM2-135M`), KIND one of KINDS or `provenance`; or `benchmark-small`.
+KEYS or a subfolder's (`7b/SmolLM2-135M`), KIND one of KINDS or `provenance`; or one of BENCHMARKS.
 NAME of a number is a key of `values` (`--names` lists them).
 """
 
@@ -26,15 +26,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import figures
+from benchmark_tables import (
+    benchmark_mismatches,
+    benchmark_table,
+    benchmark_values,
+    read_benchmarks,
+)
 from files import write_atomic, write_json
 from schema import (
-    BENCHMARK_SCHEMA,
     SCHEMA,
     ReportError,
     Study,
     features_of,
     mismatches,
-    read_json,
     read_studies,
     read_study,
 )
@@ -42,7 +46,6 @@ from tables import table, values
 
 ROOT = Path(__file__).resolve().parent
 DOCUMENTS = ("README.md", "FINDINGS.md")
-BENCHMARK = "benchmarks/small.json"
 
 
 def _digest(results: Mapping) -> str:
@@ -117,9 +120,9 @@ class Rendering:
     shown: set[str] = field(default_factory=set)
 
 
-def render(text: str, studies: Mapping[str, Study], benchmark: Mapping | None) -> Rendering:
+def render(text: str, studies: Mapping[str, Study], benchmarks: Mapping) -> Rendering:
     """Fill the marked tables and numbers of a document; what cannot be filled is left as it is."""
-    known = values(studies, benchmark)
+    known = values(studies) | benchmark_values(benchmarks)
     out = Rendering(text, "")
 
     def fill(match: re.Match) -> str:
@@ -130,7 +133,11 @@ def render(text: str, studies: Mapping[str, Study], benchmark: Mapping | None) -
             return whole
         if match["table"]:
             try:
-                old, new = match["body"], table(name, studies, known, benchmark)
+                old = match["body"]
+                if name.startswith("benchmark-"):
+                    new = benchmark_table(name, benchmarks, known)
+                else:
+                    new = table(name, studies, known)
             except ReportError as error:
                 out.broken.append(str(error))
                 return whole
@@ -154,27 +161,26 @@ def render(text: str, studies: Mapping[str, Study], benchmark: Mapping | None) -
 
 
 def _renderings(root: Path) -> dict[str, Rendering]:
-    studies, benchmark = read_studies(root), read_json(root / BENCHMARK)
+    studies, benchmarks = read_studies(root), read_benchmarks(root)
     texts = {n: (root / n).read_text(encoding="utf-8") for n in DOCUMENTS if (root / n).exists()}
-    return {name: render(text, studies, benchmark) for name, text in texts.items()}
+    return {name: render(text, studies, benchmarks) for name, text in texts.items()}
 
 
 def check(root: Path) -> list[str]:
     """A line for each thing in a checkout that is stale, missing or cannot be true.
 
-    Covers the schema of results.json and of the benchmark, figures (drawn from these results?),
+    Covers the schema of results.json and of the benchmarks, figures (drawn from these results?),
     marked tables and numbers, and decimals in prose that no rendered table or number holds.
     """
     try:
-        studies, benchmark = read_studies(root), read_json(root / BENCHMARK)
+        studies, benchmarks = read_studies(root), read_benchmarks(root)
         problems = [
             line
             for study in studies.values()
             if study.results is not None
             for line in mismatches(study.results, SCHEMA, f"{study.path}/results.json")
         ]
-        if benchmark is not None:
-            problems += mismatches(benchmark, BENCHMARK_SCHEMA, BENCHMARK)
+        problems += benchmark_mismatches(benchmarks)
         if problems:
             return problems  # nothing can be rendered from these
         for study in studies.values():
@@ -228,7 +234,8 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
             return int(bool(problems))
         studies = read_studies(root)
         if options.names:
-            for name, text in values(studies, read_json(root / BENCHMARK)).items():
+            known = values(studies) | benchmark_values(read_benchmarks(root))
+            for name, text in known.items():
                 print(f"{name}\t{text}")
             return 0
         folders = options.folders or [s.path for s in studies.values() if s.results is not None]

@@ -15,7 +15,6 @@ from zipfile import BadZipFile
 import numpy as np
 
 KEYS = {"small": "results", "7b": "results_7b", "agnews": "results_agnews"}
-COSTS = ("published_seconds", "ours_seconds", "ratio", "published_peak_mb", "ours_peak_mb")
 
 
 class ReportError(ValueError):
@@ -31,45 +30,45 @@ class Study:
     published: dict | None
 
 
-def _number(x) -> bool:
+def is_number(x) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
 
 
-def _fraction(x) -> bool:
-    return _number(x) and 0 <= x <= 1
+def fraction(x) -> bool:
+    return is_number(x) and 0 <= x <= 1
 
 
-def _positive(x) -> bool:
-    return _number(x) and x >= 0
+def positive(x) -> bool:
+    return is_number(x) and x >= 0
 
 
-def _count(x) -> bool:
-    return _positive(x) and isinstance(x, int)
+def count(x) -> bool:
+    return positive(x) and isinstance(x, int)
 
 
-_EVALUATION = {"accuracy": _fraction, "cls_loss": _positive, "lm_loss": (_positive,)}
+_EVALUATION = {"accuracy": fraction, "cls_loss": positive, "lm_loss": (positive,)}
 _RUN = {
-    "parameters_trainable": _count,
-    "parameters_total": _count,
+    "parameters_trainable": count,
+    "parameters_total": count,
     "epochs": [
         {
-            **dict.fromkeys(("epoch", "train_tokens"), _count),
-            **dict.fromkeys(("train_accuracy", "eval_accuracy"), _fraction),
-            **dict.fromkeys(("train_cls_loss", "eval_cls_loss", "train_seconds"), _positive),
-            **dict.fromkeys(("train_lm_loss", "eval_lm_loss"), (_positive,)),
+            **dict.fromkeys(("epoch", "train_tokens"), count),
+            **dict.fromkeys(("train_accuracy", "eval_accuracy"), fraction),
+            **dict.fromkeys(("train_cls_loss", "eval_cls_loss", "train_seconds"), positive),
+            **dict.fromkeys(("train_lm_loss", "eval_lm_loss"), (positive,)),
         }
     ],
-    "final": {**_EVALUATION, "predictions_ari": _number, "modes": {"*": _EVALUATION}},
+    "final": {**_EVALUATION, "predictions_ari": is_number, "modes": {"*": _EVALUATION}},
     "engram": (
         {
-            **dict.fromkeys(("ari", "ami", "excess_ari"), _number),
+            **dict.fromkeys(("ari", "ami", "excess_ari"), is_number),
             # null where a class has no pair of items
-            **dict.fromkeys(("cosine_within", "cosine_between"), (_number,)),
-            **dict.fromkeys(("centred_cosine_within", "centred_cosine_between"), (_number,)),
-            "cluster_accuracy": _fraction,
-            "mapping": {"*": _count},
-            "recall_per_class": [_fraction],
-            "train_fitted": {"ari": _number, "cluster_accuracy": _fraction},
+            **dict.fromkeys(("cosine_within", "cosine_between"), (is_number,)),
+            **dict.fromkeys(("centred_cosine_within", "centred_cosine_between"), (is_number,)),
+            "cluster_accuracy": fraction,
+            "mapping": {"*": count},
+            "recall_per_class": [fraction],
+            "train_fitted": {"ari": is_number, "cluster_accuracy": fraction},
         },
     ),
 }
@@ -78,7 +77,7 @@ SCHEMA = {
     **dict.fromkeys(("experiment", "backbone", "fingerprint"), str),
     "dataset": {
         **dict.fromkeys(("name", "slug", "source", "eval_split", "sha256"), str),
-        **dict.fromkeys(("train_rows", "eval_rows"), _count),
+        **dict.fromkeys(("train_rows", "eval_rows"), count),
         "classes": [str],
         "notes": [str],
         "own": bool,
@@ -91,16 +90,10 @@ SCHEMA = {
         "versions": {"*": (str,)},
         "hardware": dict,
         "started": str,
-        "wall_seconds": _positive,
+        "wall_seconds": positive,
     },
     "rows": {"*": {"*": _RUN}},
     "analysis": dict,
-}
-BENCHMARK_SCHEMA = {
-    "machine": str,
-    "date": str,
-    "rounds": _count,
-    "rows": [{"arm": str, **dict.fromkeys(COSTS, _positive)}],
 }
 
 

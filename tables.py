@@ -1,7 +1,7 @@
 """Every number the documents show, by name, and the tables made of them.
 
-Nothing here reads a file: `values` turns results.json, published.json and the benchmark's JSON into
-texts, and `table` puts those texts into markdown.
+Nothing here reads a file: `values` turns results.json and published.json into texts, and `table`
+puts those texts into markdown.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import t as student
 
-from schema import COSTS, KEYS, ReportError, Study
+from schema import KEYS, ReportError, Study
 
 MAIN_ARMS = ("classification", "dual", "dual_engram")
 TITLES = {  # as common.ARMS, which would load torch
@@ -103,12 +103,12 @@ METRICS = {
 }
 
 
-def values(studies: Mapping[str, Study], benchmark: Mapping | None) -> dict[str, str]:
+def values(studies: Mapping[str, Study]) -> dict[str, str]:
     """Every number the documents can show, as text, by name.
 
     KEY.ARM.METRIC: mean, interval and seeds of ours. KEY.published.ARM.FIELD: as published, a
     curve's last epoch; `best` is its best. KEY.eval_rows, KEY.train_rows. KEY.analysis.PATH.
-    benchmark-small.ARM.FIELD. Where a metric does not apply to an arm the text is NONE.
+    Where a metric does not apply to an arm the text is NONE.
     """
     out = {}
     for key, study in studies.items():
@@ -116,8 +116,6 @@ def values(studies: Mapping[str, Study], benchmark: Mapping | None) -> dict[str,
         if not study.results or is_comparable(study.results, study.published):
             published = _published(study.published or {})
             out |= {f"{key}.published.{name}": text for name, text in published.items()}
-    for row in (benchmark or {}).get("rows", []):
-        out |= {f"benchmark-small.{row['arm']}.{name}": f"{row[name]:,.1f}" for name in COSTS}
     return out
 
 
@@ -271,26 +269,22 @@ _OTHERS = ("provenance", *ANALYSES)
 _NAME = re.compile(rf"((?:{'|'.join(KEYS)})(?:/\S+)?)-({'|'.join((*KINDS, *_OTHERS))})")
 
 
-def table(
-    name: str, studies: Mapping[str, Study], shown: Mapping[str, str], benchmark: Mapping | None
-) -> str:
+def table(name: str, studies: Mapping[str, Study], shown: Mapping[str, str]) -> str:
     """A named table as markdown, under a line that says what was measured on what.
 
     Rows and columns that would hold nothing are left out; a study without results keeps its
     published columns beside one that says so.
 
     Args:
-        name: KEY-KIND, KEY-provenance or benchmark-small.
-        shown: what `values` returned for the same studies and benchmark.
+        name: KEY-KIND or KEY-provenance.
+        shown: what `values` returned for the same studies.
     Raises:
         ReportError: the name means no table.
     """
-    if name == "benchmark-small":
-        return _benchmark(shown, benchmark)
     if not (parts := _NAME.fullmatch(name)):
         kinds = " ".join((*KINDS, *_OTHERS))
         known = f"KEY-KIND, KEY {' '.join(KEYS)} or KEY/FOLDER, KIND {kinds}"
-        raise ReportError(f"there is no table {name!r}. Expected benchmark-small or {known}.")
+        raise ReportError(f"there is no table {name!r}. Expected {known}.")
     key, kind = parts.groups()
     results = studies[key].results if key in studies else None
     if kind in _OTHERS and not results:
@@ -317,10 +311,11 @@ def table(
     kept = [i for i in range(len(columns)) if any(line[i] != NONE for line in cells.values())]
     header = ["arm", *(columns[i][0] for i in kept)]
     body = [[title_of(arm), *(line[i] for i in kept)] for arm, line in cells.items()]
-    return f"{caption}\n" + (f"\n{_markdown(header, body)}" if body else "")
+    return f"{caption}\n" + (f"\n{markdown(header, body)}" if body else "")
 
 
-def _markdown(header: list[str], rows: Iterable[list[str]]) -> str:
+def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
+    """A table of text cells."""
     lines = [header, ["---"] * len(header), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -330,7 +325,7 @@ def _analysis(results: Mapping, kind: str) -> str:
     columns, listed = ANALYSES[kind], results["analysis"].get(kind, [])
     rows = [[_cell(row.get(key) if key else row, key) for _, key in columns] for row in listed]
     kept = [i for i in range(len(columns)) if any(row[i] != NONE for row in rows)]
-    body = _markdown([columns[i][0] for i in kept], ([row[i] for i in kept] for row in rows))
+    body = markdown([columns[i][0] for i in kept], ([row[i] for i in kept] for row in rows))
     return f"{subject(results)}; means with 95 % intervals.\n\n{body}"
 
 
@@ -341,6 +336,8 @@ def _cell(value, key: str) -> str:
     if key == "arm":
         return title_of(value)
     if isinstance(value, Mapping):
+        if value.get("n_seeds") == 0:
+            return NONE
         if "equivalent" in value:
             return f"{'yes' if value['equivalent'] else 'no'} (within {_text(value['margin'])})"
         mean = value.get("mean", value.get("estimate"))
@@ -374,18 +371,4 @@ def _provenance(results: Mapping) -> str:
         ["hardware", "; ".join(f"{k}: {v}" for k, v in run["hardware"].items())],
         ["versions", ", ".join(f"{k} {v}" for k, v in run["versions"].items())],
     ]
-    return f"{subject(results)}\n\n{_markdown(['', 'run'], rows)}"
-
-
-def _benchmark(shown: Mapping[str, str], benchmark: Mapping | None) -> str:
-    if not benchmark:
-        return f"{MISSING.capitalize()}.\n"
-    header = ["one epoch", "published (s)", "ours (s)", "ratio", "published (MB)", "ours (MB)"]
-    rows = [
-        [title_of(row["arm"]), *(shown[f"benchmark-small.{row['arm']}.{name}"] for name in COSTS)]
-        for row in benchmark["rows"]
-    ]
-    caption = f"{benchmark['machine']}, {benchmark['date']}; median of {benchmark['rounds']} rounds"
-    if "texts" in benchmark:
-        caption += f"; an epoch is {benchmark['texts']:,} of {benchmark['dataset']}'s texts"
-    return f"{caption}; MB: peak memory of the process.\n\n{_markdown(header, rows)}"
+    return f"{subject(results)}\n\n{markdown(['', 'run'], rows)}"

@@ -1,12 +1,13 @@
 """What does the same QLoRA training cost: published recipe, Hugging Face Trainer, ours?
 
-    python benchmarks/qlora.py --backbone ID_OR_PATH [--data ../sst2] [--arm dual] [--steps 10]
+    python benchmarks/qlora.py --backbone ID_OR_PATH [--data ../sst2] [--arms dual] [--steps 4]
 
-Same NF4 base, rows, batches of 16 and seed for every contender, taken in turn in one process.
-"published": written from the study's description: every text padded to --max-tokens, float32 logits
-at every padded position, gradient checkpointing always, micro-batches of 8. "trainer": the
-library's Trainer with dynamic padding and length grouping, sequence classification only, so it does
-less than Models 2 and 3. Writes benchmarks/qlora-cpu.json or qlora-gpu.json.
+Same NF4 base, rows, losses, batches of 16 and seed for every contender, taken in turn in one
+process. "published": written from the study's description: every text padded to --max-tokens,
+float32 logits at every padded position, gradient checkpointing always, micro-batches of 8, of 2 in
+the engram arm. "trainer": the library's Trainer with dynamic padding and length grouping. Neither
+feeds an engram back: they do less than Model 3. Each case is put into benchmarks/qlora-cpu.json or
+qlora-gpu.json in the place of an earlier one of the same data set, backbone and arm.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -34,7 +34,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import backbones
 import batches
 import data
-from common import ARMS, ClassificationHead, StudyModel
+from common import ARMS, MAIN_ARMS, ClassificationHead, StudyModel
+from files import write_json
 from results import provenance
 from training import Fit, Recipe, derive_seed, prepare_cpu, seed_everything
 
@@ -93,10 +94,10 @@ def load(options: argparse.Namespace, lean: bool, recompute: str) -> backbones.P
     return pretrained
 
 
-def ours(options, train, order) -> Callable[[int, int], float]:
+def ours(options, arm, train, order) -> Callable[[int, int], float]:
     """Steps first..last of our path; the mean loss over them."""
     pretrained = load(options, True, "auto")
-    arm = ARMS[options.arm]
+    arm = ARMS[arm]
     seed_everything(0, "initialisation")
     model = StudyModel(pretrained.make_backbone(arm), arm, options.classes, 128)
     model.to(pretrained.device).train()
@@ -114,16 +115,16 @@ def ours(options, train, order) -> Callable[[int, int], float]:
     return run
 
 
-def published(options, train, order) -> Callable[[int, int], float]:
+def published(options, arm, train, order) -> Callable[[int, int], float]:
     """Padded to --max-tokens, recomputed, micro-batches of 8 (2 in the engram arm)."""
     pretrained = load(options, False, "on")
     seed_everything(0, "initialisation")
     pretrained.backbone.reset()
-    lm = ARMS[options.arm].lm_weight > 0
+    lm = ARMS[arm].lm_weight > 0
     model = PaddedModel(pretrained.backbone, options.classes, lm).to(pretrained.device).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=2e-4, weight_decay=0.01)
-    micro = 2 if ARMS[options.arm].has_prefix else 8
+    micro = 2 if ARMS[arm].has_prefix else 8
 
     def run(first: int, last: int) -> float:
         losses = []
@@ -154,12 +155,12 @@ class _Rows(torch.utils.data.Dataset):
         return {"input_ids": batch.tokens.tolist(), "labels": int(batch.labels)}
 
 
-def trainer(options, train, order) -> Callable[[int, int], float]:
+def trainer(options, arm, train, order) -> Callable[[int, int], float]:
     """The library's Trainer: dynamic padding, length grouping."""
     pretrained = load(options, False, "off")
     seed_everything(0, "initialisation")
     pretrained.backbone.reset()
-    lm = ARMS[options.arm].lm_weight > 0
+    lm = ARMS[arm].lm_weight > 0
     model = PaddedModel(pretrained.backbone, options.classes, lm)
 
     def collate(rows: list[dict]) -> dict:
@@ -197,6 +198,50 @@ def trainer(options, train, order) -> Callable[[int, int], float]:
 CONTENDERS = {"published": published, "trainer": trainer, "ours": ours}
 
 
+def measure(options, name: str, train: batches.Encoded, order: list) -> dict:
+    """Every contender's figures for one arm, in turn round by round."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    runs, figures = {}, {}
+    for contender in options.contenders:
+        runs[contender] = CONTENDERS[contender](options, name, train, order)
+        runs[contender](0, options.warm_up)
+        figures[contender] = {"seconds": [], "tokens": [], "loss": []}
+    for number in range(options.rounds):
+        first = options.warm_up + number * options.steps
+        last = first + options.steps
+        tokens = sum(int(train.lengths[order[i]].sum()) for i in range(first, last))
+        for contender, run in runs.items():
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            started = time.perf_counter()
+            loss = run(first, last)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+                figures[contender]["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+            figures[contender]["seconds"].append(time.perf_counter() - started)
+            figures[contender]["tokens"].append(tokens)
+            figures[contender]["loss"].append(loss)
+    rows = {}
+    for contender, found in figures.items():
+        seconds = statistics.median(found["seconds"])
+        pairs = zip(found["tokens"], found["seconds"], strict=True)
+        rows[contender] = {
+            "tokens_per_s": statistics.median(t / s for t, s in pairs),
+            "examples_per_s": BATCH * options.steps / seconds,
+            "ms_per_step": 1000 * seconds / options.steps,
+            "peak_mib": found.get("peak_mib"),
+            "last_loss": found["loss"][-1],
+        }
+        if "ours" in figures:
+            pairs = zip(found["seconds"], figures["ours"]["seconds"], strict=True)
+            ratios = [a / b for a, b in pairs]
+            rows[contender]["ours_times_faster"] = statistics.median(ratios)
+            rows[contender]["ours_times_faster_range"] = [min(ratios), max(ratios)]
+        print(name, contender, json.dumps(rows[contender]), flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -204,10 +249,10 @@ def main() -> None:
     parser.add_argument("--backbone", required=True)
     parser.add_argument("--data", help="as for experiment_7b.py")
     parser.add_argument("--agnews", action="store_true", help="AG News instead of SST-2")
-    parser.add_argument("--arm", choices=("classification", "dual", "dual_engram"), default="dual")
+    parser.add_argument("--arms", nargs="+", choices=MAIN_ARMS, default=["dual"])
     parser.add_argument("--quantise", choices=("nf4", "none"), default="nf4")
     parser.add_argument("--warm-up", type=int, default=2, help="steps before the clock")
-    parser.add_argument("--steps", type=int, default=8, help="measured steps a round")
+    parser.add_argument("--steps", type=int, default=4, help="measured steps a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--max-tokens", type=int, help="default: 128, AG News 256")
     parser.add_argument("--vram-gib", type=float)
@@ -228,62 +273,27 @@ def main() -> None:
     order = batches.batch_order(train.lengths, BATCH, derive_seed(0, "order"), 0, 0)
     if len(order) < total:
         raise SystemExit(f"{total} steps need {total * BATCH} rows; there are {len(train)}")
-    rows, runs, seconds = {}, {}, {}
-    for contender in options.contenders:
-        runs[contender] = CONTENDERS[contender](options, train, order)
-        runs[contender](0, options.warm_up)
-        seconds[contender] = []
-    for number in range(options.rounds):
-        first = options.warm_up + number * options.steps
-        tokens = sum(
-            int(train.lengths[order[i]].sum()) for i in range(first, first + options.steps)
-        )
-        for contender, run in runs.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-            started = time.perf_counter()
-            loss = run(first, first + options.steps)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-                peak = torch.cuda.max_memory_allocated() / 2**20
-            else:  # of the whole process so far: all contenders together
-                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            spent = time.perf_counter() - started
-            seconds[contender].append((spent, tokens))
-            rows[contender] = {
-                "tokens_per_s": statistics.median(t / s for s, t in seconds[contender]),
-                "examples_per_s": BATCH
-                * options.steps
-                / statistics.median(s for s, _ in seconds[contender]),
-                "ms_per_step": 1000
-                * statistics.median(s for s, _ in seconds[contender])
-                / options.steps,
-                "peak_mib": peak,
-                "last_loss": loss,
-            }
-    for contender, row in rows.items():
-        if "ours" in seconds:
-            pairs = zip(seconds[contender], seconds["ours"], strict=True)
-            row["ours_times_faster"] = statistics.median(a / b for (a, _), (b, _) in pairs)
-        print(contender, json.dumps(row), flush=True)
     facts = provenance(device)
-    result = {
-        "machine": facts["hardware"],
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": facts["commit"],
-        "versions": facts["versions"],
-        "dataset": dataset.name,
-        "backbone": name,
-        "arm": options.arm,
-        "max_tokens": options.max_tokens,
-        "steps": options.steps,
-        "rounds": options.rounds,
-        "rows": rows,
-    }
     kind = "gpu" if device.type == "cuda" else "cpu"
     out = options.out or Path(__file__).with_name(f"qlora-{kind}.json")
-    out.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    for arm in options.arms:
+        case = {
+            "dataset": dataset.name,
+            "backbone": name,
+            "arm": arm,
+            "machine": f"{facts['hardware']['processor']}, {options.threads} threads",
+            "date": datetime.now(UTC).date().isoformat(),
+            "commit": facts["commit"],
+            "versions": facts["versions"],
+            "max_tokens": options.max_tokens,
+            "steps": options.steps,
+            "rounds": options.rounds,
+            "rows": measure(options, arm, train, order),
+        }
+        cases = json.loads(out.read_text())["cases"] if out.exists() else []
+        same = ("dataset", "backbone", "arm", "machine")
+        cases = [old for old in cases if any(old[key] != case[key] for key in same)]
+        write_json(out, {"cases": [*cases, case]})
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import benchmark_tables
 import common
 import figures
 import report
@@ -257,7 +258,7 @@ def test_check_notices(checkout, capsys, damage, told):
 
 
 def test_prose_may_hold_rendered_decimals_only(checkout):
-    shown = tables.values(report.read_studies(checkout), None)["small.dual.accuracy"].split()[0]
+    shown = tables.values(report.read_studies(checkout))["small.dual.accuracy"].split()[0]
     with (checkout / "FINDINGS.md").open("a") as file:
         file.write(f"\nModel 2 reaches {shown}, on Qwen2.5-7B, 95 % of the time, not 0.1234.\n")
     (problem,) = report.check(checkout)
@@ -282,7 +283,7 @@ def test_a_checkout_without_results_checks(tmp_path):
 def test_a_study_not_run_shows_what_was_published(checkout):
     (checkout / "results" / "results.json").unlink()
     studies = report.read_studies(checkout)
-    text = tables.table("small-accuracy", studies, tables.values(studies, None), None)
+    text = tables.table("small-accuracy", studies, tables.values(studies))
     assert text.splitlines()[2:] == [
         "| arm | published, best epoch | published, last epoch | ours |",
         "| --- | --- | --- | --- |",
@@ -295,12 +296,12 @@ def test_another_backbone_gets_its_own_table_without_published_columns(checkout)
     folder = checkout / "results_7b" / "SmolLM2-135M"
     write_study(folder, seeds=1, own=False, name="Rotten Tomatoes")
     studies = report.read_studies(checkout)
-    shown = tables.values(studies, None)
-    text = tables.table("7b/SmolLM2-135M-accuracy", studies, shown, None)
+    shown = tables.values(studies)
+    text = tables.table("7b/SmolLM2-135M-accuracy", studies, shown)
     assert "published" not in text.splitlines()[2]
     assert "Rotten Tomatoes (not the study's data set): 60 validation items" in text
     assert "(n = 1)" in text
-    absent = tables.table("7b/absent-accuracy", studies, shown, None)
+    absent = tables.table("7b/absent-accuracy", studies, shown)
     assert absent == "This project's run: not measured.\n"
 
 
@@ -312,16 +313,32 @@ def test_published_figures_of_another_backbone_are_not_comparable(checkout):
 
 
 def test_benchmark_table(checkout):
-    row = dict.fromkeys(schema.COSTS, 10.0)
+    row = dict.fromkeys(benchmark_tables.SMALL_COSTS, 10.0)
     benchmark = {"machine": "2 cores", "date": "2025-01-01", "rounds": 5}
     (checkout / "benchmarks").mkdir()
-    path = checkout / report.BENCHMARK
+    path = checkout / benchmark_tables.BENCHMARKS["benchmark-small"].file
     path.write_text(json.dumps({**benchmark, "rows": [{"arm": "dual", **row}]}))
     assert report.main(["--tables-only"], checkout) == 0
     line = "| Model 2: + next token | 10.0 | 10.0 | 10.0 | 10.0 | 10.0 |"
     assert line in (checkout / "FINDINGS.md").read_text()
     path.write_text(json.dumps({**benchmark, "rows": [{"arm": "dual", **row, "ratio": "12"}]}))
     assert "rows[0].ratio" in report.check(checkout)[0]
+
+
+def test_qlora_benchmark_names_data_set_arm_and_contender():
+    row = {"tokens_per_s": 1234.56, "ms_per_step": 99.6, "last_loss": 2.0, "peak_mib": None}
+    case = {"dataset": "SST-2", "arm": "dual", "max_tokens": 128, "steps": 4, "rounds": 3}
+    case |= {"backbone": "tiny", "machine": "2 cores", "date": "2025-01-01"}
+    found = {"cases": [case | {"rows": {"ours": row, "published": row | {"tokens_per_s": 10}}}]}
+    every = dict.fromkeys(benchmark_tables.BENCHMARKS) | {"benchmark-qlora-cpu": found}
+    assert not list(benchmark_tables.benchmark_mismatches(every))
+    known = benchmark_tables.benchmark_values(every)
+    assert known["benchmark-qlora-cpu.sst2.dual.ours.tokens_per_s"] == "1,234.6"
+    text = benchmark_tables.benchmark_table("benchmark-qlora-cpu", every, known)
+    assert "| SST-2, 128 tokens | Model 2: + next token | ours | 1,234.6 | 100 | 2.000 |" in text
+    assert "peak" not in text
+    with pytest.raises(schema.ReportError, match="no benchmark"):
+        benchmark_tables.benchmark_table("benchmark-nothing", every, known)
 
 
 def test_list_elements_are_named_by_what_tells_them_apart():
@@ -361,7 +378,7 @@ def test_analyse_stores_what_the_analysis_returns(checkout, monkeypatch):
     monkeypatch.setitem(sys.modules, "analysis", type("analysis", (), {"analyse": fake}))
     assert report.main(["--analyse", str(checkout / "results")], checkout) == 0
     studies = report.read_studies(checkout)
-    assert tables.values(studies, None)["small.analysis.contrasts.P1.p"] == "60.000"
+    assert tables.values(studies)["small.analysis.contrasts.P1.p"] == "60.000"
 
 
 def test_drawing_a_folder_without_results_is_one_line(tmp_path, capsys):
@@ -414,9 +431,9 @@ def test_lists_of_the_analysis_become_tables(checkout):
         ],
     }  # fmt: skip
     study = schema.Study(checkout, results, None)
-    known = tables.values({"small": study}, None)
+    known = tables.values({"small": study})
     claims, contrasts = (
-        tables.table(f"small-{kind}", {"small": study}, known, None).splitlines()
+        tables.table(f"small-{kind}", {"small": study}, known).splitlines()
         for kind in ("claims", "contrasts")
     )
     row = "| it clusters | -0.016 | 0.500 [0.400, 0.600] (3 seeds) | 0.200 to 0.400 | < 0.001 |"

@@ -1,0 +1,161 @@
+"""What the files of benchmarks/ say, as named numbers and as tables: one entry of data for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from schema import ReportError, count, is_number, mismatches, positive, read_json
+from tables import MISSING, NONE, markdown, title_of
+
+SMALL_COSTS = ("published_seconds", "ours_seconds", "ratio", "published_peak_mb", "ours_peak_mb")
+QLORA_COSTS = {
+    "tokens_per_s": "real tokens/s",
+    "examples_per_s": "texts/s",
+    "ms_per_step": "ms a step",
+    "ours_times_faster": "ours, times faster",
+    "peak_mib": "peak MiB",
+    "last_loss": "loss",
+}
+CONTENDERS = {
+    "published": "published recipe",
+    "trainer": "Trainer, dynamic padding",
+    "ours": "ours",
+}
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """One file of benchmarks/.
+
+    Args:
+        file: its path in the checkout.
+        schema: of its JSON, as `schema.mismatches` takes it.
+        values: (name without the benchmark's, text) of every number in it.
+        table: caption, header and rows, from the JSON and those texts by name.
+    """
+
+    file: str
+    schema: dict
+    values: Callable[[Mapping], Iterator[tuple[str, str]]]
+    table: Callable[[Mapping, Mapping[str, str]], tuple[str, list[str], list[list[str]]]]
+
+
+def _small_values(found: Mapping) -> Iterator[tuple[str, str]]:
+    for row in found["rows"]:
+        yield from ((f"{row['arm']}.{name}", f"{row[name]:,.1f}") for name in SMALL_COSTS)
+
+
+def _small_table(found: Mapping, shown: Mapping[str, str]) -> tuple:
+    header = ["one epoch", "published (s)", "ours (s)", "ratio", "published (MB)", "ours (MB)"]
+    rows = [
+        [title_of(row["arm"]), *(shown[f"{row['arm']}.{name}"] for name in SMALL_COSTS)]
+        for row in found["rows"]
+    ]
+    caption = f"{found['machine']}, {found['date']}; median of {found['rounds']} rounds"
+    if "texts" in found:
+        caption += f"; an epoch is {found['texts']:,} of {found['dataset']}'s texts"
+    return f"{caption}; MB: peak memory of the process.", header, rows
+
+
+def _qlora_cases(found: Mapping) -> Iterator[tuple[str, Mapping, str, Mapping]]:
+    """(name, case, contender, its figures)."""
+    for case in found["cases"]:
+        slug = case["dataset"].lower().replace(" ", "").replace("-", "")
+        for contender in CONTENDERS:
+            if contender in case["rows"]:
+                name = f"{slug}.{case['arm']}.{contender}"
+                yield name, case, contender, case["rows"][contender]
+
+
+def _qlora_values(found: Mapping) -> Iterator[tuple[str, str]]:
+    for name, _, _, row in _qlora_cases(found):
+        for cost in QLORA_COSTS:
+            digits = 3 if cost == "last_loss" else 0 if cost == "ms_per_step" else 1
+            value = row.get(cost)
+            yield f"{name}.{cost}", NONE if value is None else f"{value:,.{digits}f}"
+
+
+def _qlora_table(found: Mapping, shown: Mapping[str, str]) -> tuple:
+    kept = [c for c in QLORA_COSTS if any(r.get(c) is not None for *_, r in _qlora_cases(found))]
+    header = ["data set", "arm", "contender", *(QLORA_COSTS[cost] for cost in kept)]
+    rows = [
+        [
+            *(f"{case['dataset']}, {case['max_tokens']} tokens", title_of(case["arm"])),
+            *(CONTENDERS[contender], *(shown[f"{name}.{cost}"] for cost in kept)),
+        ]
+        for name, case, contender, _ in _qlora_cases(found)
+    ]
+    told = {f"{c['backbone']} on {c['machine']}, {c['date']}" for c in found["cases"]}
+    sizes = {f"{c['rounds']} rounds of {c['steps']} steps" for c in found["cases"]}
+    caption = f"{'; '.join(sorted(told))}; batches of 16, medians of {', '.join(sorted(sizes))}"
+    return f"{caption}; loss: mean of the last round's steps.", header, rows
+
+
+BENCHMARKS = {
+    "benchmark-small": Benchmark(
+        "benchmarks/small.json",
+        {
+            **{"machine": str, "date": str, "rounds": count},
+            "rows": [{"arm": str, **dict.fromkeys(SMALL_COSTS, positive)}],
+        },
+        _small_values,
+        _small_table,
+    ),
+    **{
+        f"benchmark-qlora-{kind}": Benchmark(
+            f"benchmarks/qlora-{kind}.json",
+            {
+                "cases": [
+                    {
+                        **dict.fromkeys(("dataset", "backbone", "arm", "machine", "date"), str),
+                        **dict.fromkeys(("max_tokens", "steps", "rounds"), count),
+                        "rows": {"*": {"tokens_per_s": positive, "last_loss": is_number}},
+                    }
+                ]
+            },
+            _qlora_values,
+            _qlora_table,
+        )
+        for kind in ("cpu", "gpu")
+    },
+}
+
+
+def read_benchmarks(root: Path) -> dict[str, Any]:
+    """The JSON of every benchmark by name, None where there is none."""
+    return {name: read_json(root / entry.file) for name, entry in BENCHMARKS.items()}
+
+
+def benchmark_mismatches(benchmarks: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each place where a file departs from its schema."""
+    for name, entry in BENCHMARKS.items():
+        if benchmarks[name] is not None:
+            yield from mismatches(benchmarks[name], entry.schema, entry.file)
+
+
+def benchmark_values(benchmarks: Mapping[str, Any]) -> dict[str, str]:
+    """Every number of the benchmarks as text, by name."""
+    return {
+        f"{name}.{what}": text
+        for name, entry in BENCHMARKS.items()
+        if benchmarks[name] is not None
+        for what, text in entry.values(benchmarks[name])
+    }
+
+
+def benchmark_table(name: str, benchmarks: Mapping[str, Any], shown: Mapping[str, str]) -> str:
+    """A benchmark's table as markdown, from the texts of `benchmark_values`.
+
+    Raises:
+        ReportError: no benchmark has that name.
+    """
+    if name not in BENCHMARKS:
+        raise ReportError(f"there is no benchmark {name!r}. Expected {' '.join(BENCHMARKS)}.")
+    if benchmarks[name] is None:
+        return f"{MISSING.capitalize()}.\n"
+    short = {k.removeprefix(f"{name}."): v for k, v in shown.items() if k.startswith(f"{name}.")}
+    caption, header, rows = BENCHMARKS[name].table(benchmarks[name], short)
+    return f"{caption}\n\n{markdown(header, rows)}"
