@@ -99,3 +99,32 @@ def test_initial_weights_have_gpt2s_scale():
     model = SmallTransformer(8000, 64)
     for part in (model.embedding, model.position, model.blocks[0].qkv):
         assert abs(part.weight.std().item() - 0.02) < 1e-3
+
+
+@pytest.mark.parametrize("with_prefix", [False, True])
+def test_the_written_out_block_equals_automatic_differentiation(with_prefix):
+    batch, found = random_batch([4, 1, 9, 2, 7]), []
+    given = torch.randn(5, 16) if with_prefix else None
+    upstream = torch.randn(23, 16)
+    for written_out in (True, False):
+        model = backbone().train()
+        for block in model.blocks:
+            block.written_out = written_out
+            with torch.no_grad():  # zeros and ones would hide a wrong bias or norm
+                for parameter in block.parameters():
+                    parameter.add_(torch.randn(parameter.shape, generator=seeded(1)))
+        prefix = None if given is None else given.clone().requires_grad_()
+        torch.manual_seed(7)
+        hidden = model(batch, prefix)
+        (hidden * upstream).sum().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        found.append((hidden.detach(), gradients | ({} if prefix is None else {"": prefix.grad})))
+    (ours, our_gradients), (theirs, their_gradients) = found
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    assert our_gradients.keys() == their_gradients.keys()
+    for name, wanted in their_gradients.items():
+        assert float((our_gradients[name] - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
+
+
+def seeded(number):
+    return torch.Generator().manual_seed(number)
