@@ -16,7 +16,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from common import ARMS, FEEDBACKS, MAIN_ARMS, TAPS, UserError
+from common import ARM_GROUPS, ARMS, FEEDBACKS, MAIN_ARMS, TAPS, UserError
 from training import Interrupted, NonFiniteError, Recipe
 
 
@@ -47,7 +47,13 @@ class StudyConfig:
         None, "train on the first N rows of a stratified shuffle", low=1
     )
     limit_eval: int | None = option(None, "evaluate on the first N rows of one", low=2)
-    arms: list[str] = option(list(MAIN_ARMS), "conditions to train", choices=tuple(ARMS))
+    arms: list[str] = option(
+        list(MAIN_ARMS),
+        f"conditions to train, groups ({', '.join(ARM_GROUPS)}) or names ({', '.join(ARMS)})",
+        choices=(*ARM_GROUPS, *ARMS),
+        groups=ARM_GROUPS,
+        metavar="ARM",
+    )
     seeds: list[int] | None = option(None, "training seeds", low=0)
     epochs: int = option(8, "passes over the training texts", low=1)
     batch_size: int = option(64, "texts per optimizer step", low=1)
@@ -154,7 +160,8 @@ def parse(config: type, argv: Sequence[str], description: str) -> Any:
         else:
             extra |= {"type": _reader(kind, item.metadata)}
             choices = item.metadata.get("choices")
-            extra["metavar"] = f"{{{','.join(choices)}}}" if choices else kind.__name__.upper()
+            shown = f"{{{','.join(choices)}}}" if choices else kind.__name__.upper()
+            extra["metavar"] = item.metadata.get("metavar", shown)
         known += flags
         parser.add_argument(
             *flags,
@@ -171,6 +178,10 @@ def parse(config: type, argv: Sequence[str], description: str) -> Any:
         hint = f"Did you mean {near[0]}?" if near else "See --help."
         raise UserError(f"unknown argument {flag}. {hint}")
     vars(values).pop("_given", None)
+    for item in fields(config):
+        if groups := item.metadata.get("groups"):
+            words = [groups.get(word, (word,)) for word in getattr(values, item.name)]
+            setattr(values, item.name, [name for group in words for name in group])
     for name, value in vars(values).items():
         if isinstance(value, list) and len(set(value)) < len(value):
             raise UserError(f"--{name.replace('_', '-')} names {_first_repeat(value)} twice.")

@@ -102,6 +102,22 @@ CONTRASTS = (
     Contrast(
         "E16", "own - shuffled engram, LM loss", (M3, "own.lm_loss"), (M3, "shuffled.lm_loss"), None
     ),
+    # what is fed back, and what each objective says (E17 is against the published figure)
+    *(
+        _same(id, f"{name} - Model 3", "engram.ari", f"{M3}_{arm}", M3, ARI_MARGIN)
+        for id, name, arm in (
+            ("E18", "same-class engram", "same_class"),
+            ("E19", "own engram", "self"),
+            ("E20", "detached engram", "detached"),
+            ("E21", "zero engram", "off"),
+            ("E22", "shuffled LM targets", "shuffled_targets"),
+            ("E23", "shuffled labels", "shuffled_labels"),
+        )
+    ),
+    _same("E24", "LM gradient stopped - Model 1", first="dual_stopped", second=M1, **_ACCURACY),
+    _same(
+        "E25", "twice the epochs - Model 1", first="classification_longer", second=M1, **_ACCURACY
+    ),
 )
 
 

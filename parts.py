@@ -126,9 +126,14 @@ def batch_losses(
     device = cls[0].total.device
     lm = []
     if model.arm.lm_weight:
-        matrix = model.backbone.unembedding
+        matrix, arm = model.backbone.unembedding, model.arm
         frozen = getattr(model.backbone, "frozen_head", None)
-        lm = [lm_loss(out.hidden, b, matrix, recipe.lm_chunk, dtype, frozen) for b, out in passes]
+        shuffle = arm.shuffled_targets and model.training
+        for given, out in passes:
+            hidden, words = out.hidden, matrix
+            if arm.lm_stopped:
+                hidden, words = hidden.detach(), words.detach()
+            lm.append(lm_loss(hidden, given, words, recipe.lm_chunk, dtype, frozen, shuffle))
     correct = [(out.logits.argmax(1) == batch.labels).sum() for batch, out in passes]
     return Losses(
         cls=sum(part.total for part in cls),

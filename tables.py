@@ -26,6 +26,13 @@ TITLES = {  # as common.ARMS, which would load torch
     "dual_engram_off": "Model 3, zero engram",
     "dual_engram_detached": "Model 3, detached engram",
     "lm_only_engram": "LM + engram, no labels",
+    "dual_engram_shuffled_labels": "Model 3, shuffled labels",
+    "dual_engram_shuffled_targets": "Model 3, shuffled LM targets",
+    "dual_stopped": "Model 2, LM gradient stopped",
+    "classification_longer": "Model 1, twice the epochs",
+    **{f"dual_lm_{w}": f"Model 2, LM weight 0.{w}" for w in (25, 75)},
+    **{f"dual_engram_lm_{w}": f"Model 3, LM weight 0.{w}" for w in (25, 75)},
+    **{f"dual_engram_w{dim}": f"Model 3, engram of {dim}" for dim in (2, 8, 32, 128, 256)},
     "published_small": "Published protocol",
     "untrained": "Untrained",
 }

@@ -238,6 +238,10 @@ class Fit:
                 f"{len(train)} training rows < batch {recipe.batch_size}. "
                 f"Pass --batch-size {max(2, len(train) // 2)} or more data."
             )
+        recipe = replace(recipe, epochs=recipe.epochs * model.arm.longer)
+        if model.arm.shuffled_labels:
+            shuffled = np.random.default_rng(derive_seed(seed, "labels")).permutation(len(train))
+            train = replace(train, labels=train.labels[torch.from_numpy(shuffled)])
         self.model, self.recipe, self.seed = model, recipe, seed
         self.train_data, self.eval_data = train, evaluation
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}

@@ -8,7 +8,7 @@ import pytest
 
 import cli
 import experiment
-from common import UserError
+from common import MAIN_ARMS, UserError
 from training import Interrupted, NonFiniteError
 
 
@@ -47,7 +47,7 @@ def test_values_lists_and_switches():
         (["--seeds", "x"], "--seeds: must be a whole number >= 0, got x."),
         (["--seeds", str(2**63)], "--seeds: must be a whole number"),
         (["--seeds", "1", "1"], "--seeds names 1 twice."),
-        (["--arms", "dual", "triple"], "--arms: takes any of classification dual dual_engram"),
+        (["--arms", "dual", "triple"], "--arms: takes any of main controls"),
         (["--arms"], "--arms: expected at least one argument"),
         (["--lr", "1e-3", "--lr", "1e-4"], "--lr is given twice. Give it once."),
         (["--smoke", "--smoke"], "--smoke is given twice"),
@@ -118,3 +118,12 @@ def test_a_signal_is_raised_at_the_next_check_only(capsys, number, code):
 
 def test_success_is_zero():
     assert cli.run(lambda argv, stop: None, sys.argv[1:]) == 0
+
+
+def test_arm_groups_are_their_arms_and_an_arm_named_twice_is_refused():
+    assert parse("--arms", "main", "untrained").arms == [*MAIN_ARMS, "untrained"]
+    controls = parse("--arms", "controls").arms
+    assert {"dual_engram_shuffled_labels", "dual_stopped", "dual_engram_w2"} <= set(controls)
+    assert not {*MAIN_ARMS, "published_small"} & set(controls)
+    with pytest.raises(UserError, match="--arms names dual twice"):
+        parse("--arms", "main", "dual")

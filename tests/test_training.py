@@ -219,3 +219,56 @@ def test_seeds_differ_by_purpose_and_do_not_overflow():
     seeds = {training.derive_seed(s, p) for s in range(50) for p in ("order", "dropout")}
     assert len(seeds) == 100
     assert all(0 <= s < 2**63 for s in seeds)
+
+
+def test_with_its_lm_gradient_stopped_model_2_is_model_1(make_model, corpus, recipe):
+    train, evaluation, _ = corpus
+    one, two = (
+        run(Fit(make_model(arm), recipe, train, evaluation, 0))
+        for arm in ("classification", "dual_stopped")
+    )
+    assert same(weights(one), weights(two))
+    assert two.progress.epochs[-1]["eval_lm_loss"] > 0  # measured nevertheless
+
+
+def test_shuffled_labels_are_the_seeds_and_evaluation_keeps_its_own(make_model, corpus, recipe):
+    train, evaluation, _ = corpus
+    first, again, other = (
+        Fit(make_model("dual_engram_shuffled_labels"), recipe, train, evaluation, seed)
+        for seed in (0, 0, 1)
+    )
+    shuffled = first.train_data.labels
+    assert torch.equal(shuffled.sort().values, train.labels.sort().values)
+    assert 0.3 < float((shuffled == train.labels).float().mean()) < 0.7
+    assert torch.equal(shuffled, again.train_data.labels)
+    assert not torch.equal(shuffled, other.train_data.labels)
+    assert first.eval_data is evaluation
+
+
+def test_shuffled_targets_keep_their_words_in_training_only(make_model, recipe):
+    model = make_model("dual_engram_shuffled_targets")
+    batch = random_batch([9, 7, 8, 6], vocabulary=20)
+    plain = make_model("dual_engram").eval()
+    wanted = training.batch_losses(plain, parts.forward_passes(plain, batch), recipe, torch.float32)
+    model.eval()
+    passes = parts.forward_passes(model, batch)
+    found = training.batch_losses(model, passes, recipe, torch.float32)
+    assert torch.equal(found.lm, wanted.lm)
+    model.train()
+    shuffled = training.batch_losses(model, passes, recipe, torch.float32)
+    assert not torch.equal(shuffled.lm, wanted.lm)
+    assert shuffled.targets == wanted.targets
+
+
+def test_twice_the_epochs_stretch_the_schedule(make_model, corpus, recipe):
+    train, evaluation, _ = corpus
+    fit = Fit(make_model("classification_longer"), recipe, train, evaluation, 0)
+    usual = Fit(make_model("classification"), recipe, train, evaluation, 0)
+    assert fit.total_steps == 2 * usual.total_steps
+    last = fit.recipe.learning_rate(fit.total_steps - 1, fit.steps_per_epoch)
+    assert last < usual.recipe.learning_rate(usual.total_steps - 1, usual.steps_per_epoch)
+
+
+def test_an_arms_own_engram_width_wins(make_model):
+    assert make_model("dual_engram_w2").compressor.linear.weight.shape[0] == 2
+    assert make_model("dual_engram").compressor.linear.weight.shape[0] == 8
