@@ -272,6 +272,7 @@ ANALYSES = {  # kind: columns of the list of that name in `analysis`
         ("what would decide it", "would_decide"),
     ),
 }
+_LABELS = {"controls": 4}  # columns that say what a row is; a row without figures is left out
 _OTHERS = ("provenance", *ANALYSES)
 _NAME = re.compile(rf"((?:{'|'.join(KEYS)})(?:/\S+)?)-({'|'.join((*KINDS, *_OTHERS))})")
 
@@ -331,6 +332,8 @@ def _analysis(results: Mapping, kind: str) -> str:
     """One of the lists of `analysis`, columns that hold nothing left out."""
     columns, listed = ANALYSES[kind], results["analysis"].get(kind, [])
     rows = [[_cell(row.get(key) if key else row, key) for _, key in columns] for row in listed]
+    if kind in _LABELS:
+        rows = [row for row in rows if set(row[_LABELS[kind] :]) != {NONE}]
     kept = [i for i in range(len(columns)) if any(row[i] != NONE for row in rows)]
     body = markdown([columns[i][0] for i in kept], ([row[i] for i in kept] for row in rows))
     return f"{subject(results)}; means with 95 % intervals.\n\n{body}"
