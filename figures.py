@@ -1,12 +1,11 @@
-"""The figures of one results folder, as matplotlib Figures; the only importer of matplotlib.
+"""The figures of one results folder, as matplotlib Figures.
 
 Each figure is readable alone: its title names the data set, the backbone, the number of items and
-seeds, and what the interval is. Colours are Okabe and Ito's, safe for colour-blind readers.
+seeds, and what the interval is.
 """
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -15,9 +14,11 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import NullFormatter
 
+from arm_figures import arms as all_arms
+from arm_figures import has_arms, width, widths_of
+from drawing import PALETTE, count_of_seeds, headline, style
 from tables import MAIN_ARMS, interval, is_comparable, subject, title_of
 
-PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
 DIRECTIONS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 SHOWN = 2000  # items in t-SNE and spectra; as published for AG News, and done in a minute
 
@@ -39,7 +40,7 @@ def engram_run(results: Mapping, features: Mapping) -> tuple[str, str] | None:
 
 
 def expected(results: Mapping, features: Mapping) -> list[str]:
-    """Names of the figures a folder with these results and features must hold."""
+    """Names of the figures a folder with these results and features must hold, in both formats."""
     return [
         name
         for name, wanted in {
@@ -47,6 +48,8 @@ def expected(results: Mapping, features: Mapping) -> list[str]:
             "spectrum.png": bool(_feature_runs(results, features)),
             "controls.png": bool(_control_arms(results)),
             "engram_clusters.png": engram_run(results, features) is not None,
+            "arms.png": has_arms(results),
+            "width.png": len(widths_of(results)) > 1,
         }.items()
         if wanted
     ]
@@ -64,6 +67,8 @@ def draw(results: Mapping, features: Mapping, published: Mapping | None) -> Iter
         "spectrum.png": lambda: spectrum(results, features),
         "controls.png": lambda: controls(results),
         "engram_clusters.png": lambda: engram_clusters(results, features),
+        "arms.png": lambda: all_arms(results),
+        "width.png": lambda: width(results),
     }
     for name in expected(results, features):
         yield name, drawers[name]()
@@ -73,22 +78,6 @@ def _colours(arms: list[str]) -> dict[str, str]:
     """A model keeps its colour in every folder, also where another model is missing."""
     order = MAIN_ARMS if arms[0] in MAIN_ARMS else arms
     return {arm: PALETTE[order.index(arm) % len(PALETTE)] for arm in arms}
-
-
-def _style(axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25, linewidth=0.6)
-
-
-def _headline(figure: Figure, *lines: str) -> None:
-    """Set the figure's title; a line too long for the figure breaks at its semicolons."""
-    width = int(10.5 * figure.get_figwidth())  # characters of 11 points that fit
-    broken = [part for x in lines for part in ([x] if len(x) <= width else x.split("; "))]
-    figure.suptitle("\n".join(textwrap.fill(part, width) for part in broken), fontsize=11)
-
-
-def _seeds(count: int) -> str:
-    return f"{count} seed" if count == 1 else f"{count} seeds"
 
 
 def _curve_arms(results: Mapping) -> list[str]:
@@ -132,18 +121,18 @@ def learning_curves(results: Mapping, published: Mapping | None) -> Figure:
                 axes.plot(x, curve, color=colours[arm], linestyle="--", linewidth=1.3)
         axes.set(title=label, xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
-        _style(axes)
+        style(axes)
         if empty:
             axes.text(0.5, 0.5, "no arm here has this loss", ha="center", transform=axes.transAxes)
     handles = [Line2D([], [], color=colours[arm], marker="o", ms=4) for arm in arms]
-    names = [f"{title_of(arm)} ({_seeds(len(results['rows'][arm]))})" for arm in arms]
+    names = [f"{title_of(arm)} ({count_of_seeds(len(results['rows'][arm]))})" for arm in arms]
     if dashed:
         handles.append(Line2D([], [], color="#444444", linestyle="--"))
         names.append("published: one seed, same colours")
     figure.legend(handles, names, loc="outside lower center", ncols=2, frameon=False)
     several = max(len(results["rows"][arm]) for arm in arms) > 1
     band = "line: mean over seeds; band: 95 % Student t interval over seeds"
-    _headline(figure, "Learning curves", subject(results), band if several else "one seed: no band")
+    headline(figure, "Learning curves", subject(results), band if several else "one seed: no band")
     return figure
 
 
@@ -177,14 +166,14 @@ def spectrum(results: Mapping, features: Mapping) -> Figure:
         ticks = [tick for tick in DIRECTIONS if tick <= axes.dataLim.x1]
         axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
         axes.xaxis.set_minor_formatter(NullFormatter())
-        _style(axes)
+        style(axes)
         axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
     least = min(line.get_ydata().min() for axes in figure.axes for line in axes.lines)
     figure.axes[0].set(ylabel="share of variance", ylim=(max(1e-7, least / 2), 1.5))
     seeds = max(len({seed for a, seed in runs if a == arm}) for arm in arms)
-    over = "mean over " + _seeds(seeds) if seeds > 1 else "one seed"
+    over = "mean over " + count_of_seeds(seeds) if seeds > 1 else "one seed"
     brackets = "; brackets: 95 % Student t interval over seeds" if seeds > 1 else ""
-    _headline(
+    headline(
         figure,
         "How many directions the representations use",
         subject(results),
@@ -242,7 +231,7 @@ def engram_clusters(results: Mapping, features: Mapping) -> Figure:
     for line, (method, points) in zip(figure.subplots(2, 2), rows, strict=True):
         for axes, (what, groups) in zip(line, columns, strict=True):
             colours = np.array(PALETTE)[groups[items] % len(PALETTE)]
-            axes.scatter(*points.T, c=colours, s=9, alpha=0.6, linewidths=0)
+            axes.scatter(*points.T, c=colours, s=9, alpha=0.6, linewidths=0, rasterized=True)
             axes.set(title=f"{method}: coloured by {what}", xticks=[], yticks=[])
     cluster_of = {label: cluster for cluster, label in mapping.items()}
     handles = [Patch(color=PALETTE[label % len(PALETTE)]) for label in range(len(classes))]
@@ -253,7 +242,7 @@ def engram_clusters(results: Mapping, features: Mapping) -> Figure:
     figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
     scores, final = results["rows"][arm][seed]["engram"], results["rows"][arm][seed]["final"]
     drawn = "" if len(items) == len(labels) else f", {len(items):,} of the items drawn"
-    _headline(
+    headline(
         figure,
         f"Engrams of {title_of(arm)}, one seed ({seed}){drawn}",
         subject(results),
@@ -299,7 +288,7 @@ def controls(results: Mapping) -> Figure:
             axes.plot([low, high], [y, y], color=colour, linewidth=size / 3)
             axes.plot(score["mean"], y, "o", color=colour, ms=size)
         axes.set(title=title_of(arm), xlabel="ARI against the classes")
-        _style(axes)
+        style(axes)
     panels[0].set_yticks(range(len(labels)), labels)
     panels[0].set_ylim(len(labels) - 0.5, -0.5)
     handles = [
@@ -316,11 +305,11 @@ def controls(results: Mapping) -> Figure:
     ]
     figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
     seeds = max(row["ari"].get("n_seeds") or 1 for row in rows)
-    _headline(
+    headline(
         figure,
         "What the clusters are owed to: k-means on each representation",
         subject(results),
-        f"{_seeds(seeds)}; intervals and band: 95 %",
+        f"{count_of_seeds(seeds)}; intervals and band: 95 %",
     )
     return figure
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import difflib
 import hashlib
-import io
 import json
 import re
 import sys
@@ -32,6 +31,7 @@ from benchmark_tables import (
     benchmark_values,
     read_benchmarks,
 )
+from drawing import written
 from files import write_atomic, write_json
 from schema import (
     SCHEMA,
@@ -59,7 +59,7 @@ def draw(folder: Path) -> list[Path]:
     """Draw the figures of a results folder from its results.json, features.npz, published.json.
 
     Returns:
-        the PNGs written, each replaced in one step.
+        the PNG and SVG files written, each replaced in one step.
     Raises:
         ReportError: there is no results.json, or a file is damaged.
     """
@@ -68,12 +68,11 @@ def draw(folder: Path) -> list[Path]:
     if study.results is None:
         raise ReportError(f"{folder} holds no results.json. Give a results folder.")
     drawn = []
+    digest = _digest(study.results)
     for name, figure in figures.draw(study.results, features, study.published):
-        buffer = io.BytesIO()
-        metadata = {"Results": _digest(study.results), "Software": None}
-        figure.savefig(buffer, format="png", dpi=150, metadata=metadata)
-        write_atomic(folder / name, buffer.getvalue())
-        drawn.append(folder / name)
+        for path in (folder / name, (folder / name).with_suffix(".svg")):
+            write_atomic(path, written(figure, path.suffix[1:], digest))
+            drawn.append(path)
     return drawn
 
 
@@ -206,11 +205,11 @@ def check(root: Path) -> list[str]:
 def _stale_figures(study: Study) -> Iterator[str]:
     digest = _digest(study.results).encode()
     for name in figures.expected(study.results, features_of(study.path)):
-        path = study.path / name
-        if not path.exists():
-            yield f"{path} is missing. Run report.py."
-        elif digest not in path.read_bytes():
-            yield f"{path} was drawn from other results. Run report.py."
+        for path in (study.path / name, (study.path / name).with_suffix(".svg")):
+            if not path.exists():
+                yield f"{path} is missing. Run report.py."
+            elif digest not in path.read_bytes():
+                yield f"{path} was drawn from other results. Run report.py."
 
 
 def main(argv: list[str] | None = None, root: Path = ROOT) -> int:

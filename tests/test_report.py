@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import arm_figures
 import benchmark_tables
 import common
 import figures
@@ -191,7 +192,8 @@ def edit_results(root: Path, change) -> None:
 def test_everything_is_rendered_and_checks(checkout):
     results = checkout / "results"
     assert {path.name for path in results.glob("*.png")} == {
-        *("learning_curves.png", "engram_clusters.png", "spectrum.png", "controls.png")
+        *("learning_curves.png", "engram_clusters.png", "spectrum.png", "controls.png"),
+        "arms.png",
     }
     readme, findings = ((checkout / name).read_text() for name in report.DOCUMENTS)
     assert "| Model 1: classification | 0.6811 | 0.6701 | 0." in readme
@@ -323,6 +325,32 @@ def test_benchmark_table(checkout):
     assert line in (checkout / "FINDINGS.md").read_text()
     path.write_text(json.dumps({**benchmark, "rows": [{"arm": "dual", **row, "ratio": "12"}]}))
     assert "rows[0].ratio" in report.check(checkout)[0]
+
+
+def with_more_arms(results):
+    """The made-up results with stand-ins for a control and for widths."""
+    rows, controls = results["rows"], results["analysis"]["controls"]
+    for arm in ("dual_engram_same_class", "dual_engram_w2", "dual_engram_w256"):
+        rows[arm] = rows["dual_engram"]
+        controls += [r | {"arm": arm} for r in controls if r["arm"] == "dual_engram"]
+    results["config"]["engram_dim"] = 32
+    return results
+
+
+def test_more_arms_get_their_figures_in_both_formats(checkout):
+    path = checkout / "results" / "results.json"
+    results = with_more_arms(json.loads(path.read_text()))
+    path.write_text(json.dumps(results))
+    named = {2: "dual_engram_w2", 32: "dual_engram", 256: "dual_engram_w256"}
+    assert arm_figures.widths_of(results) == named
+    problems = "\n".join(report.check(checkout))
+    for name in ("arms.png", "arms.svg", "width.png", "width.svg"):
+        assert f"{name} is missing" in problems
+    drawn = {p.name: p.read_bytes() for p in report.draw(checkout / "results")}
+    assert {"arms.svg", "width.svg", "learning_curves.svg"} <= drawn.keys()
+    again = {p.name: p.read_bytes() for p in report.draw(checkout / "results")}
+    assert drawn == again
+    assert "arms.png" not in figures.expected({**results, "rows": {"dual": {}}}, {})
 
 
 def test_qlora_benchmark_names_data_set_arm_and_contender():

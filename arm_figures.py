@@ -1,0 +1,131 @@
+"""Figures across arms: every trained condition, and the width of the bottleneck."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+
+from drawing import BAND, PLAIN, PREDICTED, TRAINED, count_of_seeds, headline, style
+from tables import MAIN_ARMS, TITLES, interval, subject, title_of
+
+_WIDTH = re.compile(r"dual_engram_w(\d+)")
+_TRAINED, _UNTRAINED, _RANDOM = ("A4", "engram"), ("A6", "engram"), ("A1", "engram")
+
+
+def _score(results: Mapping, arm: str, control: tuple[str, str]) -> Mapping:
+    """{mean, low, high} ARI of an arm's control, empty where there is none."""
+    for row in (results.get("analysis") or {}).get("controls") or []:
+        if (row["control"], row["representation"]) == control and row["arm"] == arm:
+            return row.get("ari") or {}
+    return {}
+
+
+def has_arms(results: Mapping) -> bool:
+    """Whether a folder holds more conditions than the three models."""
+    return len(set(results["rows"]) - set(MAIN_ARMS)) > 1
+
+
+def widths_of(results: Mapping) -> dict[int, str]:
+    """Arms with an engram by its width, ascending; the unnamed one has the run's width."""
+    found = {int(m[1]): arm for arm in results["rows"] if (m := _WIDTH.fullmatch(arm))}
+    if found and "dual_engram" in results["rows"]:
+        found.setdefault(results["config"]["engram_dim"], "dual_engram")
+    return {width: arm for width, arm in sorted(found.items()) if _score(results, arm, _TRAINED)}
+
+
+def arms(results: Mapping) -> Figure:
+    """Accuracy, and ARI of engram, random compressors and predictions, of every condition."""
+    order = {name: i for i, name in enumerate(TITLES)}
+    names = sorted(results["rows"], key=lambda arm: (order.get(arm, len(order)), arm))
+    figure = Figure(figsize=(11, 2.6 + 0.36 * len(names)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for y, arm in enumerate(names):
+        finals = [run["final"] for run in results["rows"][arm].values()]
+        accuracy = interval([final["accuracy"] for final in finals])
+        predicted = interval([final["predictions_ari"] for final in finals])
+        _bar(left, accuracy.mean, accuracy.low, accuracy.high, y, PLAIN, 5)
+        right.plot(predicted.mean, y, "|", color=PREDICTED, ms=13, mew=2)
+        if band := _score(results, arm, _RANDOM):
+            right.plot([band["low"], band["high"]], [y, y], color=BAND, linewidth=7, alpha=0.5)
+        if score := _score(results, arm, _TRAINED) or _score(results, arm, _UNTRAINED):
+            _bar(right, score["mean"], score.get("low"), score.get("high"), y, TRAINED, 7)
+    # a classifier that was never trained has an interval from wall to wall
+    means = [line.get_xdata()[0] for line in left.lines if len(line.get_xdata()) == 1]
+    left.set_xlim(max(0.0, min(means) - 0.05), min(1.0, max(means) + 0.1))
+    counts = [len(results["rows"][arm]) for arm in names]
+    labels = [f"{title_of(a)} ({count_of_seeds(n)})" for a, n in zip(names, counts, strict=True)]
+    left.set_yticks(range(len(names)), labels)
+    left.set_ylim(len(names) - 0.5, -0.5)
+    left.set(xlabel=f"{results['dataset']['eval_split']} accuracy, last epoch", title="accuracy")
+    right.set(xlabel="ARI against the classes", title="clusters")
+    for axes in (left, right):
+        style(axes)
+    handles = [
+        Line2D([], [], color=TRAINED, marker="o", ms=7),
+        Line2D([], [], color=BAND, linewidth=7, alpha=0.5),
+        Line2D([], [], color=PREDICTED, marker="|", ms=13, mew=2, linewidth=0),
+    ]
+    texts = ["the arm's trained engram", "random compressors on the same features", "predictions"]
+    figure.legend(handles, texts, loc="outside lower center", ncols=3, frameon=False)
+    headline(
+        figure,
+        "Every condition: accuracy, and what k-means finds",
+        subject(results),
+        "lines: 95 % intervals, over seeds (accuracy), over seeds and items (engram)",
+    )
+    return figure
+
+
+def _bar(axes, mean: float, low: float | None, high: float | None, y: int, colour, size) -> None:
+    if low is not None:
+        axes.plot([low, high], [y, y], color=colour, linewidth=size / 3)
+    axes.plot(mean, y, "o", color=colour, ms=size)
+
+
+def width(results: Mapping) -> Figure:
+    """ARI of trained engrams and of random compressors against the engram's width."""
+    found = widths_of(results)
+    figure = Figure(figsize=(10, 5.4), layout="constrained")
+    axes = figure.subplots()
+    x = list(found)
+    trained = [_score(results, arm, _TRAINED) for arm in found.values()]
+    bands = [(w, _score(results, arm, _RANDOM)) for w, arm in found.items()]
+    bands = [(w, band) for w, band in bands if band]
+    places = [w for w, _ in bands]
+    low, high = ([band[end] for _, band in bands] for end in ("low", "high"))
+    axes.fill_between(places, low, high, color=BAND, alpha=0.3, linewidth=0)
+    axes.plot(places, [band["mean"] for _, band in bands], color=BAND, linewidth=1.5)
+    means = [score["mean"] for score in trained]
+    ends = [
+        [abs(score[end] - score["mean"]) if score.get(end) is not None else 0 for score in trained]
+        for end in ("low", "high")
+    ]
+    axes.errorbar(x, means, ends, color=TRAINED, marker="o", ms=7, capsize=3)
+    predicted = [
+        interval([run["final"]["predictions_ari"] for run in results["rows"][arm].values()]).mean
+        for arm in found.values()
+    ]
+    axes.plot(x, predicted, color=PREDICTED, linestyle="--", marker="|", ms=10)
+    axes.set(xlabel="width of the engram", ylabel="ARI against the classes", xscale="log")
+    axes.set_xticks(x, [str(value) for value in x])
+    axes.minorticks_off()
+    style(axes)
+    handles = [
+        Line2D([], [], color=TRAINED, marker="o", ms=7),
+        Patch(color=BAND, alpha=0.3),
+        Line2D([], [], color=PREDICTED, linestyle="--", marker="|", ms=10),
+    ]
+    texts = ["trained engram", "random compressors of that width", "the arm's predictions"]
+    figure.legend(handles, texts, loc="outside lower center", ncols=3, frameon=False)
+    seeds = min(len(results["rows"][arm]) for arm in found.values())
+    headline(
+        figure,
+        "Does the width of the bottleneck matter?",
+        subject(results),
+        f"{count_of_seeds(seeds)}; bars: 95 % over seeds and items; band: range of random draws",
+    )
+    return figure
