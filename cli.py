@@ -392,9 +392,9 @@ def run(main: Callable[[Sequence[str], StopSignals], None], argv: Sequence[str])
                 raise
             if "--debug" in argv:
                 raise
-            said = (
-                str(error) if isinstance(error, OutOfMemory) else f"{_first_line(error)} {ADVICE}"
-            )
+            said = str(error)
+            if not isinstance(error, OutOfMemory):
+                said = f"{(said or type(error).__name__).splitlines()[0]} {ADVICE}"
             print(f"{name}: stopped: out of memory: {said}", file=sys.stderr)
             return 1
         except Interrupted as error:
@@ -405,7 +405,3 @@ def run(main: Callable[[Sequence[str], StopSignals], None], argv: Sequence[str])
                 file=sys.stderr,
             )
             return StopSignals.CODES.get(stop.received, 0)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
