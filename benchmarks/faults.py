@@ -274,7 +274,7 @@ def trial(name: str, folder: Path, rng: random.Random, wanted: tuple) -> str:
 
 
 def checkpoint_costs(folder: Path) -> dict[str, float]:
-    """Seconds of one save and one load of the published small model, and of an epoch's steps."""
+    """Seconds of a save, a load and a step of Model 3 at the published small size."""
     import batches
     import data
     from common import ARMS, StudyModel
@@ -286,10 +286,12 @@ def checkpoint_costs(folder: Path) -> dict[str, float]:
     train = batches.encode(generated.train, words.encode, 64)
     model = StudyModel(SmallTransformer(8000, 64), ARMS["dual_engram"], 2, 32).train()
     fit = Fit(model, Recipe(8, 3e-4, 0.01, 64, 1.0, "cosine-epoch"), train, train, 0)
-    for _ in range(3):
-        fit.step(train.batch(np.arange(64)))
-    store, saves, loads = CheckpointStore(folder, {}), [], []
+    fit.step(train.batch(np.arange(64)))
+    store, steps, saves, loads = CheckpointStore(folder, {}), [], [], []
     for step in range(5):
+        started = time.perf_counter()
+        fit.step(train.batch(np.arange(64)))
+        steps.append(time.perf_counter() - started)
         started = time.perf_counter()
         store.save(step, *fit.state())
         saves.append(time.perf_counter() - started)
@@ -300,6 +302,7 @@ def checkpoint_costs(folder: Path) -> dict[str, float]:
     return {
         "save_seconds": float(np.median(saves)),
         "load_seconds": float(np.median(loads)),
+        "step_seconds": float(np.median(steps)),
         "bytes": bytes_taken,
     }
 
