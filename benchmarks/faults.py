@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -244,6 +245,24 @@ FAULTS: dict[str, tuple[int, Callable[[Path, random.Random], None]]] = {
 }
 
 
+DAMAGING = ("truncated file", "flipped bit", "foreign file")  # these may cost the newest step
+
+
+def unfinished(folder: Path) -> dict[str, int]:
+    """The newest saved step of every arm that has no row yet."""
+    with contextlib.suppress(OSError, ValueError):
+        rows = json.loads((folder / "results.json").read_text())["rows"]
+        return {a: s for a, s in _saved_steps(folder).items() if a not in rows}
+    return _saved_steps(folder)
+
+
+def _saved_steps(folder: Path) -> dict[str, int]:
+    steps = {}
+    for path in sorted(folder.glob("checkpoints/*/*.json")):
+        steps[path.parent.name.removesuffix("-0")] = int(path.stem)
+    return steps
+
+
 def near(one: tuple, two: tuple) -> bool:
     """Equal names, epochs and order of data; weights within 1e-2."""
     pairs = [(load_safetensors(one[2][k]), load_safetensors(two[2][k])) for k in two[2]]
@@ -255,7 +274,7 @@ def near(one: tuple, two: tuple) -> bool:
 def trial(name: str, folder: Path, rng: random.Random, wanted: tuple) -> str:
     """Inject one fault and rerun: what became of it, a name of OUTCOMES."""
     FAULTS[name][1](folder, rng)
-    done = epochs_done(folder)
+    done, saved = epochs_done(folder), unfinished(folder)
     code = finish(folder)
     if Path(f"{folder}.pwned").exists():
         return "silently_wrong"
@@ -268,6 +287,9 @@ def trial(name: str, folder: Path, rng: random.Random, wanted: tuple) -> str:
     if code != 0:
         print(said(folder), file=sys.stderr)
         return "silently_wrong"
+    went_on = dict(re.findall(r"(\w+), seed 0: going on from step (\d+)", said(folder)))
+    if name not in DAMAGING and any(int(went_on.get(a, -1)) < s for a, s in saved.items()):
+        return "lost_epochs"
     found = outcome_of(folder)
     same = near(found, wanted) if name == "out of memory" else found == wanted
     return "recovered" if same else "silently_wrong"
@@ -327,13 +349,17 @@ def main() -> None:
         wanted = outcome_of(folder)
         for number, name in enumerate(drawn):
             folder = Path(scratch) / str(number)
-            result = trial(name, folder, random.Random(f"{options.seed}/{number}"), wanted)
+            try:
+                result = trial(name, folder, random.Random(f"{options.seed}/{number}"), wanted)
+            except Exception as error:  # a fault that did not do what it says counts against us
+                print(f"{number}: {type(error).__name__}: {error}", flush=True)
+                result = "silently_wrong"
             counts[name][result] += 1
-            if result in OUTCOMES[2:]:
-                print(f"fault {number} ({name}): {result}\n{said(folder)}", flush=True)
-            if number % 20 == 19:
-                seconds = time.monotonic() - started
-                print(f"{number + 1} of {options.faults}, {seconds:.0f} s", flush=True)
+            seconds = time.monotonic() - started
+            told = f"\n{said(folder)}" if result in OUTCOMES[2:] else ""
+            print(
+                f"{number} of {options.faults}, {seconds:.0f} s: {name}: {result}{told}", flush=True
+            )
             shutil.rmtree(folder, ignore_errors=True)
         costs = checkpoint_costs(Path(scratch) / "costs")
     facts = provenance(torch.device("cpu"))
