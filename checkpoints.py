@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import pickle
 import sys
@@ -16,10 +17,11 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from common import UserError
-from files import write_atomic, write_json
+from files import NoRoomError, free_bytes, write_atomic, write_json
 
 FORMAT = "dual-objective-engrams/checkpoint/1"
 KEPT = 2
+TRIES = 3  # saves in a row that may find no room
 # what reading a damaged, foreign or malicious checkpoint raises
 DAMAGE = (
     OSError,
@@ -51,15 +53,61 @@ class CheckpointStore:
         self, folder: Path, identity: dict, defaults: Mapping[str, object] | None = None
     ) -> None:
         self.folder, self.identity, self.defaults = folder, identity, defaults
+        self.failures = 0
 
-    def save(self, step: int, weights: dict[str, Tensor], rest: dict, progress: dict) -> None:
-        """Write the checkpoint of `step`, then drop all but the newest KEPT."""
+    def require_room(self, size: int) -> None:
+        """Refuse to start where two checkpoints of `size` bytes do not fit.
+
+        Raises:
+            UserError: with the bytes needed and free.
+        """
+        there = next(path for path in (self.folder, *self.folder.parents) if path.is_dir())
+        if (free := free_bytes(there)) < 2 * size:
+            raise UserError(
+                f"checkpoints need {2 * size:,} bytes and the disk of {there} has {free:,} free. "
+                "Free some, or use another --out."
+            )
+
+    def save(self, step: int, weights: dict[str, Tensor], rest: dict, progress: dict) -> int | None:
+        """Write the checkpoint of `step`, then drop all but the newest KEPT.
+
+        A full disk is a warning: the checkpoint before stays, and the next save tries again.
+
+        Returns:
+            The step of the newest checkpoint there is; None if there is none.
+        Raises:
+            NoRoomError: the disk was full TRIES times in a row.
+        """
+        try:
+            self._write(step, weights, rest, progress)
+        except NoRoomError as full:
+            self.failures += 1
+            if step not in self._steps():
+                for path in self._paths(step):
+                    path.unlink(missing_ok=True)
+            kept = max(self._steps(), default=None)
+            last = "no checkpoint" if kept is None else f"the checkpoint of step {kept}"
+            if self.failures >= TRIES:
+                raise NoRoomError(
+                    f"{full}; {TRIES} tries, {last} is kept. "
+                    "Free some space and run the same command to continue."
+                ) from None
+            print(f"warning: {full}; {last} is kept, will try again", file=sys.stderr)
+            return kept
+        self.failures = 0
+        return step
+
+    def _write(self, step: int, weights: dict[str, Tensor], rest: dict, progress: dict) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         weights_path, rest_path, manifest = self._paths(step)
-        write_atomic(
-            weights_path, save_safetensors({k: v.contiguous() for k, v in weights.items()})
-        )
-        write_atomic(rest_path, lambda path: torch.save(rest, path))
+        state = io.BytesIO()
+        torch.save(rest, state)
+        contents = {
+            weights_path: save_safetensors({k: v.contiguous() for k, v in weights.items()}),
+            rest_path: state.getvalue(),
+        }
+        for path, content in contents.items():
+            write_atomic(path, content)
         write_json(
             manifest,
             {
@@ -67,7 +115,7 @@ class CheckpointStore:
                 "step": step,
                 "identity": self.identity,
                 "progress": progress,
-                "sha256": {path.name: _sha256(path) for path in (weights_path, rest_path)},
+                "sha256": {p.name: hashlib.sha256(c).hexdigest() for p, c in contents.items()},
             },
         )
         for old in self._steps()[:-KEPT]:

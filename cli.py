@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import math
 import os
+import re
 import signal
 import sys
 import tempfile
+import time
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -17,6 +20,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from common import ARM_GROUPS, ARMS, FEEDBACKS, MAIN_ARMS, TAPS, UserError
+from files import NoRoomError
+from memory import ADVICE, OutOfMemory, is_out_of_memory
 from training import Interrupted, NonFiniteError, Recipe
 
 
@@ -83,6 +88,12 @@ class StudyConfig:
         "results folder (default: the script's, or its subfolder named "
         "after another data set or backbone)",
     )
+    stop_after: str | None = option(
+        None, "save and stop, to go on later, after a time such as 5h, 90m or 30s", time=True
+    )
+    deterministic: bool = option(
+        False, "only GPU kernels that give the same bits every time (slower)"
+    )
     resume: bool = option(True, "go on with what the folder holds")
     restart: bool = option(False, "discard the run the folder holds and start over")
     smoke: bool = option(False, "whole path on a generated corpus: CPU, no network, seconds")
@@ -97,6 +108,7 @@ FREE = (
     "out",
     "resume",
     "restart",
+    "stop_after",
     "debug",
     "threads",
     "data",
@@ -220,6 +232,8 @@ def _reader(kind: type, limits: typing.Mapping[str, Any]) -> Callable[[str], Any
             raise argparse.ArgumentTypeError(f"must be {wanted}, got {word}.") from None
         if choices and value not in choices:
             raise argparse.ArgumentTypeError(f"takes any of {' '.join(choices)}, got {word}.")
+        if limits.get("time") and not re.fullmatch(r"\d+(\.\d+)?[hms]", word):
+            raise argparse.ArgumentTypeError(f"must be a time such as 5h, 90m or 30s, got {word}.")
         if kind is str:
             return value
         fits = math.isfinite(value) and abs(value) < 2**63
@@ -252,10 +266,10 @@ def recipe_of(config: StudyConfig, **extra: Any) -> Recipe:
 
 
 def require_writable(folder: Path) -> None:
-    """Refuse a results folder that cannot be written to, before anything is loaded."""
+    """Refuse a results folder that cannot be written to, before anything is loaded or made."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=there):
             pass
     except OSError as error:
         raise UserError(
@@ -264,12 +278,30 @@ def require_writable(folder: Path) -> None:
 
 
 class StopSignals:
-    """SIGINT and SIGTERM set a flag; `check` raises at the next safe place; a second one exits."""
+    """What asks a run to stop: SIGINT, SIGTERM (a second one exits at once), or a time limit.
+
+    `check` raises at the next safe place.
+    """
 
     CODES: typing.ClassVar = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.started, self.limit = time.monotonic(), math.inf
+        self.limit_text = ""
+
+    def after(self, limit: str | None) -> None:
+        """Stop once a time ("5h", "90m", "30s") has gone by since the start; None: never."""
+        if limit is not None:
+            self.limit = float(limit[:-1]) * {"h": 3600, "m": 60, "s": 1}[limit[-1]]
+            self.limit_text = f"--stop-after {limit}"
+
+    @property
+    def due(self) -> str | None:
+        """What asked to stop."""
+        if self.received is not None:
+            return signal.Signals(self.received).name
+        return self.limit_text if time.monotonic() - self.started > self.limit else None
 
     def __enter__(self) -> StopSignals:
         self.before = {number: signal.signal(number, self._handle) for number in self.CODES}
@@ -285,19 +317,65 @@ class StopSignals:
         self.received = number
 
     def check(self) -> None:
-        """Raise Interrupted once a signal has come."""
-        if self.received is not None:
-            raise Interrupted(signal.Signals(self.received).name)
+        """Raise Interrupted once a signal has come or the time is up."""
+        if due := self.due:
+            raise Interrupted(due)
+
+
+class _Unbroken:
+    """A text stream that stops writing, and never raises, once nobody reads it any more."""
+
+    def __init__(self, stream: typing.TextIO | None) -> None:
+        self.stream, self.broken = stream, stream is None
+
+    def write(self, text: str) -> int:
+        if not self.broken:
+            try:
+                self.stream.write(text)
+            except (OSError, ValueError):  # ValueError: closed on our side
+                self._give_up()
+        return len(text)
+
+    def flush(self) -> None:
+        if not self.broken:
+            try:
+                self.stream.flush()
+            except (OSError, ValueError):
+                self._give_up()
+
+    def _give_up(self) -> None:
+        """Send what is still buffered nowhere, so that the exit's own flush succeeds."""
+        self.broken = True
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.stream.fileno())
+            os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+@contextlib.contextmanager
+def _unbroken_streams() -> typing.Iterator[None]:
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (_Unbroken(stream) for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = before
 
 
 def run(main: Callable[[Sequence[str], StopSignals], None], argv: Sequence[str]) -> int:
     """Call a script's main and turn its errors into an exit code and one line on stderr.
 
     Returns:
-        0; 2 for a user's mistake; 1 for a non-finite loss; 130 or 143 after a signal.
+        0, also when --stop-after ended it; 2 for a user's mistake; 1 for a loss that is not finite,
+        a full disk or memory that ran out; 130 or 143 after a signal.
     """
     name = Path(sys.argv[0]).name
-    with StopSignals() as stop:
+    with _unbroken_streams(), StopSignals() as stop:
         try:
             main(argv, stop)
             return 0
@@ -306,13 +384,24 @@ def run(main: Callable[[Sequence[str], StopSignals], None], argv: Sequence[str])
                 raise
             print(f"{name}: error: {error}", file=sys.stderr)
             return 2
-        except NonFiniteError as error:
+        except (NonFiniteError, NoRoomError) as error:
             print(f"{name}: stopped: {error}", file=sys.stderr)
+            return 1
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error) and not isinstance(error, OutOfMemory):
+                raise
+            if "--debug" in argv:
+                raise
+            said = str(error)
+            if not isinstance(error, OutOfMemory):
+                said = f"{(said or type(error).__name__).splitlines()[0]} {ADVICE}"
+            print(f"{name}: stopped: out of memory: {said}", file=sys.stderr)
             return 1
         except Interrupted as error:
             where = f"saved at step {error.saved}" if error.saved is not None else "nothing lost"
+            state = "" if stop.received is not None else "incomplete: "
             print(
-                f"{name}: {error.reason}: {where}; run the same command to continue",
+                f"{name}: {error.reason}: {state}{where}; run the same command to continue",
                 file=sys.stderr,
             )
-            return StopSignals.CODES[stop.received]
+            return StopSignals.CODES.get(stop.received, 0)

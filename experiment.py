@@ -74,7 +74,8 @@ def results_folder(config: Config, dataset: data.Dataset) -> Path:
 
 def main(argv: Sequence[str], stop: cli.StopSignals) -> None:
     config = cli.parse(Config, argv, __doc__)
-    prepare_cpu(config.threads, config.jobs)
+    cli.require_writable(Path(config.out or RESULTS))
+    prepare_cpu(config.threads, config.jobs, config.deterministic)
     if config.width % config.heads:
         raise cli.UserError(
             f"--width {config.width} is not a multiple of --heads {config.heads}. Change one."

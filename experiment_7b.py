@@ -117,13 +117,13 @@ def results_folder(config: Config, dataset: data.Dataset, slug: str) -> Path:
 
 def main(argv: Sequence[str], stop: cli.StopSignals) -> None:
     config = cli.parse(Config, argv, __doc__)
-    prepare_cpu(config.threads or (1 if config.smoke else None), config.jobs)
+    cli.require_writable(Path(config.out or RESULTS))
+    threads = config.threads or (1 if config.smoke else None)
+    prepare_cpu(threads, config.jobs, config.deterministic)
     recipe = cli.recipe_of(
         config, schedule="cosine", warmup=WARMUP, micro_batch_tokens=config.micro_batch_tokens
     )
     dataset = load_dataset(config)
-    if config.out is not None:
-        cli.require_writable(Path(config.out))
     base = load_backbone(config, dataset)
     dataset = dataclasses.replace(dataset, notes=(*dataset.notes, *base.notes))
 

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class NoRoomError(OSError):
+    """A disk, quota or file size limit is full; the file that was there is as it was."""
+
+
+def free_bytes(folder: Path) -> int:
+    """Of the disk that holds a folder."""
+    return shutil.disk_usage(folder).free
 
 
 def write_atomic(path: Path, content: bytes | Callable[[Path], None]) -> None:
@@ -15,7 +28,21 @@ def write_atomic(path: Path, content: bytes | Callable[[Path], None]) -> None:
     Args:
         path: the file; its folder exists.
         content: the bytes, or a function that writes them to the path it is given.
+    Raises:
+        NoRoomError: with the bytes needed and free.
     """
+    try:
+        _write_atomic(path, content)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        needed = "" if callable(content) else f" {len(content):,} bytes needed,"
+        raise NoRoomError(
+            f"cannot write {path} ({error.strerror}):{needed} {free_bytes(path.parent):,} free"
+        ) from None
+
+
+def _write_atomic(path: Path, content: bytes | Callable[[Path], None]) -> None:
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     os.close(handle)
     temporary = Path(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -9,6 +10,7 @@ import os
 import platform
 import subprocess
 import sys
+import zlib
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
@@ -21,7 +23,7 @@ import torch
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from checkpoints import differences
+from checkpoints import DAMAGE, differences
 from common import UserError
 from files import write_atomic, write_json
 
@@ -77,7 +79,8 @@ class ResultsFolder:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.log_file.close()
+        with contextlib.suppress(OSError):
+            self.log_file.close()
         self.lock.release()
 
     @property
@@ -104,6 +107,10 @@ class ResultsFolder:
             results = json.loads(self.path.read_text())
             held = results["identity"]
             results["rows"], results["provenance"]
+            if results.get("rows_sha256", _rows_sha256(results["rows"])) != _rows_sha256(
+                results["rows"]
+            ):
+                raise ValueError("its rows do not match their sha256")
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{self.path} is not a whole results file ({error}). Put a good copy back, or pass "
@@ -126,7 +133,7 @@ class ResultsFolder:
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 return {name: arrays[name] for name in arrays.files}
-        except (BadZipFile, ValueError, EOFError, KeyError) as error:
+        except (*DAMAGE, BadZipFile, zlib.error) as error:
             raise UserError(
                 f"{path} is damaged ({error}). Put a good copy back, or delete it: its arms are "
                 "then read again from their checkpoints."
@@ -146,6 +153,7 @@ class ResultsFolder:
         self.write()
 
     def write(self) -> None:
+        self.results["rows_sha256"] = _rows_sha256(self.results["rows"])
         write_json(self.path, self.results)
 
     def write_features(self) -> None:
@@ -153,10 +161,18 @@ class ResultsFolder:
         np.savez_compressed(buffer, **dict(sorted(self.features.items())))
         write_atomic(self.folder / "features.npz", buffer.getvalue())
 
-    def log(self, line: str) -> None:
-        """Print a line and keep it in log.txt."""
-        self.log_file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {line}\n")
-        tqdm.write(line)
+    def log(self, line: str, show: bool = True) -> None:
+        """Keep a line in log.txt and show it; a full disk costs the line, not the run."""
+        with contextlib.suppress(OSError):
+            self.log_file.write(f"{datetime.now(UTC).isoformat(timespec='seconds')} {line}\n")
+        if show:
+            tqdm.write(line)
+            sys.stdout.flush()
+
+
+def _rows_sha256(rows: dict) -> str:
+    read_back = json.loads(json.dumps(rows))  # whose keys are text, as in the file
+    return hashlib.sha256(json.dumps(read_back, sort_keys=True).encode()).hexdigest()
 
 
 def _git(*words: str) -> str | None:

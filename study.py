@@ -27,6 +27,7 @@ from common import (
     ARMS,
     Arm,
     StudyModel,
+    UserError,
     adjusted_rand,
     cluster_accuracy,
     engram_metrics,
@@ -41,13 +42,13 @@ from training import (
     Interrupted,
     Recipe,
     derive_seed,
-    evaluate,
     evaluate_modes,
     seed_everything,
 )
 
 SCHEMA_VERSION = 1
 FEATURES = ("pooled", "intermediate", "engram", "logits", "layers")
+HEARTBEAT = 30.0  # seconds between lines that tell where training is
 TRAIN_SAMPLE = 2048  # training texts the train-fitted k-means sees
 
 
@@ -108,6 +109,7 @@ def run_study(study: Study, out: Path, seeds: list[int], stop: StopSignals) -> P
         The results folder.
     """
     config = study.config
+    stop.after(config.stop_after)
     identity = identity_of(study)
     defaults = cli.defaults_of(type(config)) | {
         f"recipe.{f.name}": f.default for f in dataclasses.fields(Recipe)
@@ -170,7 +172,7 @@ def _finished(
     context = multiprocessing.get_context("fork")  # the data is inherited, not sent
     with ProcessPoolExecutor(jobs, context, initializer=_start_worker) as pool:
         running = {pool.submit(_work, *task): task for task in todo}
-        interrupted = None
+        interrupted, told = None, False
         while running:
             done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
             for future in done:
@@ -181,8 +183,8 @@ def _finished(
                     interrupted = error
                 else:
                     yield task, result
-            if stop.received is not None and interrupted is None:
-                interrupted = Interrupted(signal.Signals(stop.received).name)
+            if stop.due and not told:
+                interrupted, told = interrupted or Interrupted(stop.due), True
                 running = {f: task for f, task in running.items() if not f.cancel()}
                 for child in multiprocessing.active_children():
                     os.kill(child.pid, signal.SIGTERM)
@@ -252,13 +254,20 @@ def _train_one(
         folder.identity | environment | {"arm": asdict(arm), "seed": seed},
         folder.defaults,
     )
+    store.require_room(fit.checkpoint_bytes * min(study.config.jobs, len(study.config.arms)))
     saved = store.load()
     if saved is None:
         count = sum(p.numel() for p in fit.parameters.values())
         name = f"{arm.name}, seed {seed}"
         folder.log(f"{name}: {count:,} trained parameters, {fit.total_steps} steps")
     else:
-        fit.restore(*saved)
+        try:
+            fit.restore(*saved)
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise UserError(
+                f"{store.folder} holds a checkpoint that does not fit ({error}). "
+                "Use another --out, or pass --restart to discard it."
+            ) from None
         folder.log(
             f"{arm.name}, seed {seed}: going on from step {fit.step_number} of {fit.total_steps}"
         )
@@ -266,7 +275,7 @@ def _train_one(
         fit.run(lambda f: store.save(f.step_number, *f.state()), reporter, stop.check)
     if study.save_model is not None:
         study.save_model(model, folder.folder / "adapters" / f"{arm.name}-{seed}")
-    zero = evaluate(model, study.evaluation, study.recipe, collect=FEATURES, check_stop=stop.check)
+    zero = fit.evaluate(study.evaluation, collect=FEATURES, check_stop=stop.check)
     features = _rounded(zero.features) | initial | _compressor_arrays(model, "")
     row = _row(study, model, fit, zero, features, seed)
     store.finished()
@@ -304,16 +313,17 @@ def _row(
         "parameters_total": sum(p.numel() for p in model.parameters())
         + getattr(model.backbone, "parameters_packed_away", 0),
         "epochs": fit.progress.epochs,
+        "memory": fit.progress.memory,  # limits lowered because memory ran out
         "final": zero.scores()
         | {"predictions_ari": adjusted_rand(labels, predictions), "modes": {}},
         "engram": None,
     }
     if model.arm.has_prefix:
-        row["final"]["modes"] = evaluate_modes(model, study.evaluation, study.recipe, zero, seed)
+        row["final"]["modes"] = evaluate_modes(model, study.evaluation, fit.recipe, zero, seed)
     if model.compressor is not None:
         order = np.random.default_rng(derive_seed(0, "train sample")).permutation(len(study.train))
         sample = study.train.select(np.sort(order[:TRAIN_SAMPLE]))
-        train = evaluate(model, sample, study.recipe, collect=("engram",)).features["engram"]
+        train = fit.evaluate(sample, collect=("engram",)).features["engram"]
         classes = len(study.dataset.class_names)
         features["train_centroids"] = kmeans(train, classes, seed).centroids.astype(np.float32)
         assigned = nearest_centroid(features["engram"], features["train_centroids"])
@@ -327,12 +337,13 @@ def _row(
 
 
 class _Reporter:
-    """A progress bar with ETA on a terminal; on anything else a plain line every half minute."""
+    """A line every half minute in log.txt, and on screen where no progress bar is."""
 
     def __init__(self, folder: ResultsFolder, fit: Fit, plain: bool) -> None:
         self.folder, self.said = folder, time.monotonic()
         self.name = f"{fit.model.arm.name}, seed {fit.seed}"
         self.first, self.started = fit.step_number, time.monotonic()
+        self.lowered = len(fit.progress.memory)
         self.bar = tqdm(
             total=fit.total_steps,
             initial=fit.step_number,
@@ -352,14 +363,23 @@ class _Reporter:
         if event == "step":
             self.bar.update()
             now = time.monotonic()
-            if self.bar.disable and now - self.said > 30:
+            for lowered in fit.progress.memory[self.lowered :]:
+                self.folder.log(
+                    f"{self.name}: out of memory at step {lowered['step']}; "
+                    f"{lowered['limit']} is {lowered['tokens']} from here on"
+                )
+            self.lowered = len(fit.progress.memory)
+            if now - self.said > HEARTBEAT:
                 self.said = now
                 done = fit.step_number - self.first
                 left = (fit.total_steps - fit.step_number) * (now - self.started) / done
                 loss = fit.progress.totals.cls / max(1, fit.progress.totals.texts)
                 self.folder.log(
                     f"{self.name}: step {fit.step_number} of {fit.total_steps}, "
-                    f"classification loss {loss:.4f}, about {left / 60:.1f} min left in this arm"
+                    f"classification loss {loss:.4f}, rate "
+                    f"{fit.optimizer.param_groups[0]['lr']:.3g}, "
+                    f"about {left / 60:.1f} min left in this arm",
+                    show=self.bar.disable,
                 )
             return
         last = fit.progress.epochs[-1]

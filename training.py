@@ -15,6 +15,14 @@ from torch import Tensor
 
 from batches import Encoded, batch_order, eval_order
 from common import Batch, StudyModel, UserError, mean_pool
+from memory import (
+    ADVICE,
+    OutOfMemory,
+    generator_state,
+    is_out_of_memory,
+    release,
+    restore_generator,
+)
 from parts import Losses, batch_losses, parts_of, run_part, weighted_loss
 
 UNREAD_STEPS = 20  # steps whose figures may wait on a GPU
@@ -72,12 +80,19 @@ def derive_seed(seed: int, purpose: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:8], "big") >> 1
 
 
-def prepare_cpu(threads: int | None, jobs: int = 1) -> None:
+def prepare_cpu(threads: int | None, jobs: int = 1, deterministic: bool = False) -> None:
     """Set the threads (None: the cores this process may use, shared by jobs); flush denormals.
 
     AdamW's first moment of a rare word's embedding decays into denormals and stays there: at this
     size the optimizer step then takes ten times as long.
+
+    Args:
+        deterministic: only kernels that give the same bits every time, on a GPU too; to be asked
+            for before CUDA starts.
     """
+    if deterministic:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+        torch.use_deterministic_algorithms(True)
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // jobs))
     torch.set_flush_denormal(True)
 
@@ -110,11 +125,15 @@ class Totals:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """accuracy in 0..1, cls_loss in nats per text, lm_loss in nats per target token or None."""
+    """accuracy in 0..1, cls_loss in nats per text, lm_loss in nats per target token or None.
+
+    `eval_tokens` is the bound on a batch that held: the recipe's, or less where memory ran out.
+    """
 
     accuracy: float
     cls_loss: float
     lm_loss: float | None
+    eval_tokens: int
     features: dict[str, np.ndarray] | None = None
 
     def scores(self) -> dict[str, float | None]:
@@ -148,27 +167,50 @@ def evaluate(
     model.eval()
     totals, parts, order = Totals(), {name: [] for name in collect}, []
     device = next(model.parameters()).device
-    for items in eval_order(data.lengths, recipe.eval_tokens):
-        check_stop()
+
+    def score(items: np.ndarray) -> tuple[Losses, int, dict[str, np.ndarray]]:
         batch = data.batch(items).to(device)
         own = model.zero_engram(batch) if engrams is None else engrams[batch.items]
         layers: list[Tensor] | None = [] if "layers" in collect else None
         out = model(batch, own if prefix else None, layers)
         dtype = model.backbone.unembedding.dtype
-        totals.add(batch_losses(model, [(batch, out)], recipe, dtype), len(batch.tokens))
-        order.append(items)
-        for name in collect:
-            value = getattr(out, name, None)
-            if name == "layers":
-                value = torch.stack([mean_pool(layer, batch) for layer in layers], 1)
-            if value is not None:
-                parts[name].append(value.float().cpu().numpy())
+        losses = batch_losses(model, [(batch, out)], recipe, dtype)
+        found = {name: getattr(out, name, None) for name in collect}
+        if layers is not None:
+            found["layers"] = torch.stack([mean_pool(layer, batch) for layer in layers], 1)
+        arrays = {k: v.float().cpu().numpy() for k, v in found.items() if v is not None}
+        return losses, len(batch.tokens), arrays
+
+    limit = recipe.eval_tokens
+    waiting = list(eval_order(data.lengths, limit))
+    while waiting:
+        check_stop()
+        items, scored = waiting[0], None
+        try:
+            scored = score(items)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        if scored is None:
+            if len(items) == 1:
+                raise OutOfMemory(f"evaluating a text of {data.lengths[items[0]]} tokens: {ADVICE}")
+            release()
+            limit = max(1, int(data.lengths[items].sum()) // 2)
+            left = np.concatenate(waiting)
+            waiting = [left[part] for part in eval_order(data.lengths[left], limit)]
+            continue
+        losses, tokens, arrays = scored
+        totals.add(losses, tokens)
+        order.append(waiting.pop(0))
+        for name, array in arrays.items():
+            parts[name].append(array)
     back = np.argsort(np.concatenate(order))
     features = {name: np.concatenate(rows)[back] for name, rows in parts.items() if rows}
     return Evaluation(
         accuracy=totals.correct / totals.texts,
         cls_loss=totals.cls / totals.texts,
         lm_loss=totals.lm / totals.targets if totals.targets else None,
+        eval_tokens=limit,
         features=features or None,
     )
 
@@ -201,6 +243,7 @@ class Progress:
     batch: int = 0  # batches of the current epoch done
     totals: Totals = field(default_factory=Totals)
     epochs: list[dict] = field(default_factory=list)  # finished epochs' records
+    memory: list[dict] = field(default_factory=list)  # limits that had to be lowered: Recipe's
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -291,14 +334,84 @@ class Fit:
         if "cuda_rng" in rest and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(rest["cuda_rng"])
         self.progress = Progress.from_json(progress)
+        for lowered in self.progress.memory:
+            self.recipe = replace(self.recipe, **{lowered["limit"]: lowered["tokens"]})
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """About what a checkpoint takes: the weights and AdamW's two moments of them."""
+        return 3 * sum(p.numel() * p.element_size() for p in self.parameters.values())
+
+    def lower(self, limit: str, tokens: int) -> None:
+        """Lower a limit of the recipe from here on; checkpoint and results say when."""
+        self.recipe = replace(self.recipe, **{limit: tokens})
+        self.progress.memory.append({"step": self.step_number, "limit": limit, "tokens": tokens})
+        release()
+
+    def evaluate(self, data: Encoded, **options) -> Evaluation:
+        """`evaluate` under the limit that memory allows; a lowered one stays."""
+        result = evaluate(self.model, data, self.recipe, **options)
+        if result.eval_tokens < self.recipe.eval_tokens:
+            self.lower("eval_tokens", result.eval_tokens)
+        return result
+
+    def _smaller(self, batch: Batch) -> int:
+        """A half of what a part of this step holds at most, halved on until it cuts further.
+
+        Raises:
+            OutOfMemory: every part is a single text, or a single pair.
+        """
+        arm, limit = self.model.arm, self.recipe.micro_batch_tokens
+        parts = parts_of(arm, batch, limit)
+        tokens = len(batch.tokens) // 2 if len(parts) == 1 else limit // 2
+        while tokens and len(parts_of(arm, batch, tokens)) == len(parts):
+            tokens //= 2
+        if not tokens:
+            raise OutOfMemory(
+                f"{arm.name}, seed {self.seed}, step {self.step_number}: parts of one text or pair "
+                f"(the longest text has {batch.longest} tokens) do not fit: {ADVICE}"
+            )
+        return tokens
 
     def step(self, batch: Batch) -> None:
-        """One optimizer step; raises NonFiniteError before the weights can take a bad one."""
-        arm, recipe = self.model.arm, self.recipe
-        rate = recipe.learning_rate(self.step_number, self.steps_per_epoch)
+        """One optimizer step; raises NonFiniteError before the weights can take a bad one.
+
+        Out of memory, the same texts are run again in smaller parts, under the same divisors and
+        from the same generator state.
+
+        Raises:
+            OutOfMemory: the smallest parts do not fit.
+        """
+        rate = self.recipe.learning_rate(self.step_number, self.steps_per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
+        start, done = generator_state(self.device), None
+        while done is None:
+            self.optimizer.zero_grad(set_to_none=True)
+            try:
+                done = self._gradients(batch)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+            if done is None:  # no longer in `except`, which holds on to the step's tensors
+                self.optimizer.zero_grad(set_to_none=True)
+                restore_generator(start, self.device)
+                self.lower("micro_batch_tokens", self._smaller(batch))
+        seen, loss, norm = done
+        self.unread.append(
+            _Step(self.step_number, seen, loss, norm, rate, batch.items.tolist(), len(batch.tokens))
+        )
+        if self.device.type == "cuda":
+            # no waiting for the GPU: it skips this and every later update once one is not finite
+            bad = ~(loss.isfinite() & norm.isfinite())
+            self.optimizer.found_inf = torch.maximum(self.optimizer.found_inf, bad.float())
+        if self.device.type != "cuda" or len(self.unread) >= UNREAD_STEPS:
+            self.settle()
+        self.optimizer.step()
+
+    def _gradients(self, batch: Batch) -> tuple[Losses, Tensor, Tensor]:
+        """Fill the gradients, clipped: the step's sums, its loss and the norm before clipping."""
+        arm, recipe = self.model.arm, self.recipe
         parts = parts_of(arm, batch, recipe.micro_batch_tokens)
         # sums over the whole step divide every part: a mean of means is another loss
         times = 2 if arm.has_prefix and arm.feedback == "self" else 1
@@ -312,17 +425,7 @@ class Fit:
             share.backward()
             losses = losses.detach()
             seen, loss = losses if seen is None else seen + losses, loss + share.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), recipe.clip)
-        self.unread.append(
-            _Step(self.step_number, seen, loss, norm, rate, batch.items.tolist(), len(batch.tokens))
-        )
-        if self.device.type == "cuda":
-            # no waiting for the GPU: it skips this and every later update once one is not finite
-            bad = ~(loss.isfinite() & norm.isfinite())
-            self.optimizer.found_inf = torch.maximum(self.optimizer.found_inf, bad.float())
-        if self.device.type != "cuda" or len(self.unread) >= UNREAD_STEPS:
-            self.settle()
-        self.optimizer.step()
+        return seen, loss, torch.nn.utils.clip_grad_norm_(self.parameters.values(), recipe.clip)
 
     def settle(self) -> None:
         """Read the figures of the steps since the last time; raises NonFiniteError."""
@@ -341,7 +444,7 @@ class Fit:
 
     def run(
         self,
-        save: Callable[[Fit], None],
+        save: Callable[[Fit], int | None],
         report: Callable[[Fit, str], None],
         check_stop: Callable[[], None],
         save_every: float = 120.0,
@@ -349,7 +452,8 @@ class Fit:
         """Train what is left, evaluating and saving at every epoch's end.
 
         Args:
-            save: called every `save_every` seconds, at every epoch's end and before stopping.
+            save: called every `save_every` seconds, at every epoch's end and before stopping;
+                returns the step of the newest checkpoint.
             report: called after every step ("step") and epoch ("epoch").
             check_stop: raises Interrupted when asked to stop; called at every step.
         """
@@ -376,10 +480,12 @@ class Fit:
                         save(self)
                         saved_at = time.monotonic()
                 self.settle()
-                result = evaluate(self.model, self.eval_data, self.recipe, check_stop=check_stop)
+                result = self.evaluate(self.eval_data, check_stop=check_stop)
             except Interrupted as stop:
+                stop.saved = save(self)
+                raise
+            except OutOfMemory:
                 save(self)
-                stop.saved = self.step_number
                 raise
             totals = progress.totals
             progress.epochs.append(

@@ -46,67 +46,6 @@ def write(folder: Path, name: str, content: str | bytes) -> str:
 GOOD = jsonl(*ROWS)
 TABLE = "sentence,label\n"
 AG_RAW = "".join(f'"{k}","Title {k}{i}","It is, {k}."\n' for k in (3, 4, 1, 2) for i in range(9))
-BAD = {  # row of the table in the issue: (file, content, part of the message, arguments of load)
-    "3 suffix": ("x.xlsx", "a", "x.xlsx: expected .csv .tsv .jsonl .json .parquet", {}),
-    "4 empty": ("x.csv", "", "x.csv is empty", {}),
-    "4 mark only": ("x.csv", b"\xef\xbb\xbf\n", "x.csv is empty", {}),
-    "5 header only": ("x.csv", TABLE, "has a header but no rows", {}),
-    "5 no record": ("x.json", "[]", "has columns none", {}),
-    "6 text column": ("x.csv", "words,y\na,1\n", 'columns words, y; need "sentence" and', {}),
-    "7 label column": (
-        "x.csv",
-        "text,y\na,1\n",
-        "Pass --text-column text --label-column NAME.",
-        {},
-    ),
-    "7 flag": ("x.jsonl", GOOD, '"sentence" and "y"', {"label_column": "y"}),
-    "8 -1": ("x.tsv", "sentence\tlabel\na\t1\nb\t-1\n", "row 2: label -1 means unlabelled", {}),
-    "9 range": ("x.csv", TABLE + "a,0\nb,2\nc,7\n", "row 2: label 2 is outside 0..1 (neg", {}),
-    "9 count": ("x.csv", TABLE + "a,0\nb,2\nc,7\n", "2 bad rows in all", {}),
-    "10 offset": ("x.csv", TABLE + "a,1\nb,2\n", "are 1..2; expected 0..1", {}),
-    "11 words": ("x.csv", TABLE + "a,pos\nb,neg\n", "The column holds neg, pos. For", {}),
-    "11 unlisted": ("x.csv", TABLE + "a,x\nb,y\n", "row 2: label y is", {"labels": ("x", "z")}),
-    "11 newline": ("x.csv", TABLE + 'a,"p\nq"\nb,1\n', "row 1: label p q is not a whole", {}),
-    "12 half": ("x.csv", TABLE + "a,1\nb,0.5\n", "row 2: label 0.5 is not a whole number", {}),
-    "13 missing": ("x.csv", TABLE + "a,1\nb,\n", "row 2: label is missing", {}),
-    "13 null": ("x.jsonl", jsonl(("a", 0), ("b", None)), "row 2: label is missing", {}),
-    "13 NaN": ("x.jsonl", jsonl(("a", 0), ("b", float("nan"))), "row 2: label is missing", {}),
-    "14 null": ("x.jsonl", jsonl(*ROWS, (None, 0)), "row 5: text is missing", {}),
-    "15 number": ("x.jsonl", jsonl(*ROWS, (5, 0)), "row 5: text is a number (5), not text", {}),
-    "15 column": ("x.csv", TABLE + "5,1\n6,0\n", "row 1: text is a number (5)", {}),
-    "15 list": ("x.jsonl", jsonl((["a"], 0)), "row 1: text is a list", {}),
-    "16 empty": ("x.csv", TABLE + "a,0\n ,1\n", "row 2: text is empty. Remove it or pass --dr", {}),
-    "17 one class": ("x.csv", TABLE + "a,1\n" * 120, "all 120 rows have label 1; two", {}),
-    "17 dropped": ("x.csv", TABLE + "a,1\n ,0\n", "all 1 rows have label 1", {"drop_empty": True}),
-    "19 too few": ("x.csv", TABLE + "a,1\nb,0\n", "2 rows are too few", {}),
-    "21 quote": ("x.csv", TABLE + '"a,1\nb,0\n', "row 1: quote opened here never closes", {}),
-    "22 columns": ("x.csv", TABLE + "a,1\na, b,1\n", "row 2: 3 columns, the header has 2", {}),
-    "22 tsv": (
-        "x.tsv",
-        "sentence\tlabel\na\t1\n\nb\t0\n",
-        "row 2: 1 columns, the header has 2",
-        {},
-    ),
-    "22 twice": ("x.csv", "text,text,label\na,b,1\n", "names a column twice", {}),
-    "23 latin-1": ("x.csv", b"caf\xe9,label\n", "not UTF-8 (byte 0xe9 at 3)", {}),
-    "23 encoding": ("x.csv", TABLE, '"nope" is unknown', {"encoding": "nope"}),
-    "25 truncated": ("x.jsonl", GOOD[:60], "x.jsonl line 2: JSON ends inside a string", {}),
-    "25 object": ("x.json", '{"a": 1}', "expected an object a row", {}),
-    "26 truncated": ("x.parquet", parquet({"a": [1]})[:-5], "truncated or not parquet", {}),
-    "26 text": ("x.parquet", "sentence,label", "truncated or not parquet (no footer)", {}),
-    "30 surrogate": ("x.jsonl", jsonl(("a", 0), ("\ud800", 1)), "row 2: text holds half", {}),
-    "limit": ("x.jsonl", GOOD, "--limit-train must be a whole number >= 1", {"limit_train": 0}),
-    "labels": ("x.jsonl", GOOD, "two or more different names", {"labels": ("a", "a")}),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_line_that_names_it(case, tmp_path):
-    name, content, expected, arguments = BAD[case]
-    with pytest.raises(UserError) as error:
-        data.load(SST2, write(tmp_path, name, content), **arguments)
-    assert expected in str(error.value)
-    assert "\n" not in str(error.value)
 
 
 def test_missing_paths_and_splits(tmp_path):
