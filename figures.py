@@ -40,6 +40,8 @@ def engram_run(results: Mapping, features: Mapping) -> tuple[str, str] | None:
 
 def expected(results: Mapping, features: Mapping) -> list[str]:
     """Names of the figures a folder with these results and features must hold."""
+    if "two-labels" in results["analysis"]:
+        return ["learning_curves.png", "two_labels.png"]
     return [
         name
         for name, wanted in {
@@ -64,6 +66,7 @@ def draw(results: Mapping, features: Mapping, published: Mapping | None) -> Iter
         "spectrum.png": lambda: spectrum(results, features),
         "controls.png": lambda: controls(results),
         "engram_clusters.png": lambda: engram_clusters(results, features),
+        "two_labels.png": lambda: two_labels(results),
     }
     for name in expected(results, features):
         yield name, drawers[name]()
@@ -347,3 +350,61 @@ def _control_label(row: Mapping) -> str:
         floor = "untrained network: " if row["control"] == "A6" else ""
         words = floor + ("trained engram" if _is_engram(row) else _PLACES.get(place, place))
     return f"{words} ({row['control']})"
+
+
+def two_labels(results: Mapping) -> Figure:
+    """AMI of each representation's clusters with both labels, and a linear probe of both."""
+    rows, tasks = results["analysis"]["two-labels"], results["dataset"]["tasks"]
+    conditions = list(dict.fromkeys(row["arm"] for row in rows))
+    conditions.sort(key=lambda name: [*tasks, "neither"].index(name.split("-")[0]), reverse=True)
+    places = ["engram", "random compressor", "intermediate", "pooled"]
+    colours, marks = dict(zip(tasks, PALETTE, strict=False)), dict(zip(tasks, "os", strict=False))
+    figure = Figure(figsize=(10.5, 2.6 + 1.05 * len(conditions)), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    what = ("adjusted mutual information of the clusters", "accuracy of a linear probe")
+    heights = {}
+    for number, condition in enumerate(conditions):
+        for place, name in enumerate(places):
+            heights[condition, name] = number * (len(places) + 1) + len(places) - 1 - place
+    for axes, prefix, label in zip(panels, ("ami", "probe"), what, strict=True):
+        for row in rows:
+            band = row["representation"] == "random compressor"
+            for shift, task in zip((0.14, -0.14), tasks, strict=True):
+                score, colour = row[f"{prefix}_{task}"], colours[task]
+                y = heights[row["arm"], row["representation"]] + shift
+                ends = [score["mean"] if score[e] is None else score[e] for e in ("low", "high")]
+                axes.plot(
+                    ends, [y, y], color=colour, alpha=0.35 if band else 1, lw=6 if band else 2
+                )
+                hollow = {"mfc": "white"} if band else {}
+                axes.plot(score["mean"], y, marks[task], color=colour, ms=5, **hollow)
+        if prefix == "probe":
+            for task, classes in tasks.items():
+                axes.axvline(1 / len(classes), color=colours[task], ls=":", lw=1.2)
+        axes.set(xlabel=label)
+        _style(axes)
+        for number in range(1, len(conditions)):
+            axes.axhline(number * (len(places) + 1) - 1, color="#999999", lw=0.6)
+    words = {name: _PLACES.get(name, name) for name in places}
+    ticks = [(y, words[name]) for (_, name), y in heights.items()]
+    panels[0].set_yticks([y for y, _ in ticks], [text for _, text in ticks], fontsize=8)
+    for number, condition in enumerate(conditions):
+        x, y = panels[0].get_xlim()[1], number * (len(places) + 1) + len(places) - 1
+        text = f"trained on: {title_of(condition)}"
+        panels[0].text(x, y, text, ha="right", va="center", fontsize=9, weight="bold")
+    handles = [
+        *(Line2D([], [], color=colours[t], marker=marks[t], ms=5, lw=2) for t in tasks),
+        Line2D([], [], color="#777777", marker="o", mfc="white", ms=5, lw=6, alpha=0.5),
+        Line2D([], [], color="#444444", ls=":", lw=1.2),
+    ]
+    names = [f"{task} (k = {len(classes)})" for task, classes in tasks.items()]
+    names += ["random compressors: mean and range", "chance, in the label's colour"]
+    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
+    seeds = max(row["probe_" + next(iter(tasks))]["n_seeds"] for row in rows)
+    _headline(
+        figure,
+        "Two independent labels in one text: which one is kept, and what becomes of the other?",
+        subject(results),
+        f"{_seeds(seeds)}; lines: 95 %, items and seeds resampled; range: 95 % of the draws",
+    )
+    return figure

@@ -35,10 +35,19 @@ class Settings:
     resamples: int = 1000
 
 
+SMOKE = Settings(restarts=2, band_draws=2, band_restarts=1, resamples=50)
+
+
 def _entropy(counts: np.ndarray) -> np.ndarray:
     """(..., n) counts -> (...) nats."""
     shares = counts / counts.sum(-1, keepdims=True)
     return -(shares * np.log(np.where(shares > 0, shares, 1))).sum(-1)
+
+
+def _expected(table: np.ndarray) -> float:
+    """E[MI] in nats of a table of counts; empty rows and columns add nothing and are left out."""
+    table = table[table.sum(1) > 0][:, table.sum(0) > 0].astype(np.int64)
+    return expected_mutual_information(table, int(table.sum()))
 
 
 def ami_of_tables(tables: np.ndarray) -> np.ndarray:
@@ -51,10 +60,7 @@ def ami_of_tables(tables: np.ndarray) -> np.ndarray:
     rows, columns = _entropy(tables.sum(-1)), _entropy(tables.sum(-2))
     flat = tables.reshape(*tables.shape[:-2], -1)
     mutual = rows + columns - _entropy(flat)
-    expected = [
-        expected_mutual_information(table.astype(np.int64), int(table.sum()))
-        for table in tables.reshape(-1, *tables.shape[-2:])
-    ]
+    expected = [_expected(table) for table in tables.reshape(-1, *tables.shape[-2:])]
     expected = np.array(expected).reshape(mutual.shape)
     most = (rows + columns) / 2 - expected
     small = np.abs(most) < 1e-12  # both partitions trivial and equal, which scikit-learn scores 1
@@ -112,13 +118,13 @@ def score(features: Mapping[str, np.ndarray], seed: int = 0, settings: Settings 
     with threadpool_limits(1), checks:
         for run in runs:
             for name in REPRESENTATIONS:
-                found = _measure(
-                    [run.representations[name]], labels, run.seed, settings.restarts
-                )
+                found = _measure([run.representations[name]], labels, run.seed, settings.restarts)
                 _keep(scores, bands, run, name, found, k)
             rng = np.random.default_rng([seed, run.seed])
             tap, width = run.representations[run.tap], run.representations["engram"].shape[1]
-            drawn = [measures.random_compressor(tap, width, rng) for _ in range(settings.band_draws)]
+            drawn = [
+                measures.random_compressor(tap, width, rng) for _ in range(settings.band_draws)
+            ]
             found = _measure(drawn, labels, run.seed, settings.band_restarts)
             _keep(scores, bands, run, "random", found, k)
     conditions = list(dict.fromkeys(run.arm for run in runs))
@@ -138,13 +144,16 @@ def _keep(scores: Scores, bands: dict, run: Run, name: str, found: Mapping, k: M
     """Store values and draws, and each draw's, of a representation (or of J random ones)."""
     values = {quantity: _value(statistic) for quantity, statistic in found.items()}
     for quantity, statistic in found.items():
-        scores.add(run, f"{name}.{quantity}", values[quantity].mean(), statistic)
+        # of random compressors the band is shown, and only the probe is compared with
+        drawn = statistic if name != "random" or quantity.startswith("probe") else None
+        scores.add(run, f"{name}.{quantity}", values[quantity].mean(), drawn)
     task = run.arm.split("-")[0]
     if task in TASKS:
         own, rival = (f"ami_{t}_{k[t]}" for t in (task, _other(task)))
-        first, second = (scores.draws[run.arm, f"{name}.{q}"][run.seed] for q in (own, rival))
         values["difference"] = values[own] - values[rival]
-        scores.add(run, f"{name}.difference", values["difference"].mean(), first - second)
+        drawn = [scores.draws.get((run.arm, f"{name}.{q}"), {}) for q in (own, rival)]
+        drawn = drawn[0][run.seed] - drawn[1][run.seed] if all(drawn) else None
+        scores.add(run, f"{name}.difference", values["difference"].mean(), drawn)
     for quantity, each in values.items():
         bands.setdefault((run.arm, f"{name}.{quantity}"), []).append(each)
 

@@ -399,12 +399,14 @@ def _summary(arm: str, seed: int, row: dict[str, Any]) -> str:
 def _analyse_and_draw(folder: ResultsFolder) -> None:
     """The numbers are safe by now."""
     import analysis
-    from schema import read_study
+    from schema import evidence_beside, read_study
 
     started = time.monotonic()
     published = read_study(folder.folder).published
     folder.results["analysis"] = analysis.analyse(
-        folder.features, folder.results, published=published
+        folder.features,
+        folder.results | {"evidence": evidence_beside(folder.folder)},
+        published=published,
     )
     folder.write()
     folder.log(f"analysis: {time.monotonic() - started:.1f} s")

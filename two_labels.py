@@ -116,12 +116,13 @@ def studies_of(config: Config, joint: pairs.Pairs) -> dict[str, Study]:
     return studies | {"neither": studies[pairs.TASKS[0]]}
 
 
-def analyse(folder: ResultsFolder) -> None:
+def analyse(folder: ResultsFolder, smoke: bool) -> None:
     """Score every run against both labels and draw."""
     import rivals
 
     started = time.monotonic()
-    analysis = rivals.score(folder.features)
+    settings = rivals.SMOKE if smoke else rivals.Settings()
+    analysis = rivals.score(folder.features, settings=settings)
     folder.results["analysis"] = {"controls": [], "contrasts": [], "claims": [], **analysis}
     folder.results["evidence"] = rivals.evidence(analysis)
     folder.write()
@@ -166,7 +167,7 @@ def main(argv: Sequence[str], stop: cli.StopSignals) -> None:
             folder.results["provenance"]["wall_seconds"] = before + time.monotonic() - started
             folder.add(condition, seed, row, features)
             folder.log(f"{condition}, seed {seed}: accuracy {row['final']['accuracy']:.4f}")
-        analyse(folder)
+        analyse(folder, config.smoke)
 
 
 if __name__ == "__main__":
