@@ -94,7 +94,50 @@ def _qlora_table(found: Mapping, shown: Mapping[str, str]) -> tuple:
     return f"{caption}; loss: mean of the last round's steps.", header, rows
 
 
+def _no_values(found: Mapping) -> Iterator[tuple[str, str]]:
+    yield from ()
+
+
+def _verdicts_table(found: Mapping, shown: Mapping[str, str]) -> tuple:
+    size = found["settings"]
+    caption = (
+        f"{found['draws']} draws a law, each {size['seeds']} seeds of {size['items']} made-up "
+        f"items, {size['band_draws']} random compressors, {size['resamples']:,} resamples; "
+        f"{found['cpu_seconds'] / 60:.0f} min of one core, {found['date']}."
+    )
+    rows = [
+        [row["scenario"], row["claim"].replace("_", " "), row["planted"]]
+        + [f"{row['as_planted']} of {row['draws']}", NONE]
+        for row in found["verdicts"]
+    ]
+    rows += [
+        [row["scenario"], row["contrast"], "no difference", NONE]
+        + [f"{row['adjusted']} of {row['draws']} (unadjusted {row['raw']})"]
+        for row in found["false_positives"]
+    ]
+    return caption, ["law", "claim or contrast", "planted", "came out so", "false positives"], rows
+
+
+def _analysis_table(found: Mapping, shown: Mapping[str, str]) -> tuple:
+    header = ["arms", "items", "engram width", "one core (s)", "passed (s)", "asked (s)"]
+    names = ("arms", "items", "engram_width", "cpu_seconds", "wall_seconds", "limit_seconds")
+    return f"{found['machine']}, {found['date']}.", header, [[f"{found[n]:,}" for n in names]]
+
+
 BENCHMARKS = {
+    "benchmark-verdicts": Benchmark(
+        "benchmarks/verdicts.json",
+        {"draws": count, "cpu_seconds": positive, "verdicts": [{"as_planted": count}]}
+        | {"false_positives": [{"raw": count, "adjusted": count}]},
+        _no_values,
+        _verdicts_table,
+    ),
+    "benchmark-analysis": Benchmark(
+        "benchmarks/analysis_time.json",
+        {"items": count, "cpu_seconds": positive, "wall_seconds": positive},
+        _no_values,
+        _analysis_table,
+    ),
     "benchmark-small": Benchmark(
         "benchmarks/small.json",
         {

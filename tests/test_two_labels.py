@@ -95,7 +95,7 @@ def test_ami_of_tables_is_scikit_learns():
     assert rivals.ami_of_tables(np.array([[5.0, 0], [0, 0]])) == 1
 
 
-def planted(follows, items=160, seeds=MIN_SEEDS, keeps=()):
+def planted(follows, items=96, seeds=MIN_SEEDS, keeps=()):
     """Features of engrams in which a condition's label is wide, and those it keeps are narrow."""
     rng = np.random.default_rng(0)
     labels = {"sentiment": np.arange(items) % 2, "topic": np.arange(items) // 2 % 4}
@@ -115,7 +115,7 @@ def planted(follows, items=160, seeds=MIN_SEEDS, keeps=()):
     return features
 
 
-QUICK = rivals.Settings(restarts=3, band_draws=2, band_restarts=1, resamples=100)
+QUICK = rivals.Settings(restarts=3, band_draws=2, band_restarts=1, resamples=40)
 TRUE = {f"{task}-dual_engram": task for task in pairs.TASKS}
 
 
