@@ -365,7 +365,7 @@ def two_labels(results: Mapping) -> Figure:
     heights = {}
     for number, condition in enumerate(conditions):
         for place, name in enumerate(places):
-            heights[condition, name] = number * (len(places) + 1) + len(places) - 1 - place
+            heights[condition, name] = number * (len(places) + 2) + len(places) - 1 - place
     for axes, prefix, label in zip(panels, ("ami", "probe"), what, strict=True):
         for row in rows:
             band = row["representation"] == "random compressor"
@@ -384,14 +384,14 @@ def two_labels(results: Mapping) -> Figure:
         axes.set(xlabel=label)
         _style(axes)
         for number in range(1, len(conditions)):
-            axes.axhline(number * (len(places) + 1) - 1, color="#999999", lw=0.6)
+            axes.axhline(number * (len(places) + 2) - 1, color="#999999", lw=0.6)
     words = {name: _PLACES.get(name, name) for name in places}
     ticks = [(y, words[name]) for (_, name), y in heights.items()]
     panels[0].set_yticks([y for y, _ in ticks], [text for _, text in ticks], fontsize=8)
     for number, condition in enumerate(conditions):
-        x, y = panels[0].get_xlim()[1], number * (len(places) + 1) + len(places) - 1
+        x, y = panels[0].get_xlim()[1], number * (len(places) + 2) + len(places)
         text = f"trained on: {title_of(condition)}"
-        panels[0].text(x, y, text, ha="right", va="center", fontsize=9, weight="bold")
+        panels[0].text(x, y, text, ha="right", va="center_baseline", fontsize=9, weight="bold")
     handles = [
         *(Line2D([], [], color=colours[t], marker=marks[t], ms=5, lw=2) for t in tasks),
         Line2D([], [], color="#777777", marker="o", mfc="white", ms=5, lw=6, alpha=0.5),
@@ -404,7 +404,7 @@ def two_labels(results: Mapping) -> Figure:
     _headline(
         figure,
         "Two independent labels in one text: which one is kept, and what becomes of the other?",
-        subject(results),
+        subject(results).replace("; ", ", "),
         f"{_seeds(seeds)}; lines: 95 %, items and seeds resampled; range: 95 % of the draws",
     )
     return figure

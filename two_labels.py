@@ -7,7 +7,7 @@ Trains the small transformer on sentiment, on topic, each with and without the n
 the next token alone, and not at all; clusters each run's engram, classifier layer and pooled state
 with k = 2 and k = 4 and scores them against both labels, with a linear probe of both, beside random
 compressors. Writes results.json (with `evidence` for the claims), features.npz and figures to
-results/two-labels/. The README states the measured time.
+results/two-labels/. The folder's provenance states the measured time.
 """
 
 from __future__ import annotations
