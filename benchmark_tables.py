@@ -105,16 +105,13 @@ def _verdicts_table(found: Mapping, shown: Mapping[str, str]) -> tuple:
         f"items, {size['band_draws']} random compressors, {size['resamples']:,} resamples; "
         f"{found['cpu_seconds'] / 60:.0f} min of one core, {found['date']}."
     )
-    rows = [
-        [row["scenario"], row["claim"].replace("_", " "), row["planted"]]
-        + [f"{row['as_planted']} of {row['draws']}", NONE]
-        for row in found["verdicts"]
-    ]
-    rows += [
-        [row["scenario"], row["contrast"], "no difference", NONE]
-        + [f"{row['adjusted']} of {row['draws']} (unadjusted {row['raw']})"]
-        for row in found["false_positives"]
-    ]
+    rows = []
+    for row in found["verdicts"]:
+        claim, came = row["claim"].replace("_", " "), f"{row['as_planted']} of {row['draws']}"
+        rows.append([row["scenario"], claim, row["planted"], came, NONE])
+    for row in found["false_positives"]:
+        wrong = f"{row['adjusted']} of {row['draws']} (unadjusted {row['raw']})"
+        rows.append([row["scenario"], row["contrast"], "no difference", NONE, wrong])
     return caption, ["law", "claim or contrast", "planted", "came out so", "false positives"], rows
 
 
