@@ -1,4 +1,4 @@
-"""Figures across arms: every trained condition, and the width of the bottleneck."""
+"""Figures across arms: every condition, the width of the bottleneck, the two-label test."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from drawing import BAND, PLAIN, PREDICTED, TRAINED, count_of_seeds, headline, style
+from drawing import (
+    BAND,
+    PALETTE,
+    PLACES,
+    PLAIN,
+    PREDICTED,
+    TRAINED,
+    count_of_seeds,
+    headline,
+    style,
+)
 from tables import MAIN_ARMS, TITLES, interval, subject, title_of
 
 _WIDTH = re.compile(r"dual_engram_w(\d+)")
@@ -127,5 +137,63 @@ def width(results: Mapping) -> Figure:
         "Does the width of the bottleneck matter?",
         subject(results),
         f"{count_of_seeds(seeds)}; bars: 95 % over seeds and items; band: range of random draws",
+    )
+    return figure
+
+
+def two_labels(results: Mapping) -> Figure:
+    """AMI of each representation's clusters with both labels, and a linear probe of both."""
+    rows, tasks = results["analysis"]["two-labels"], results["dataset"]["tasks"]
+    conditions = list(dict.fromkeys(row["arm"] for row in rows))
+    conditions.sort(key=lambda name: [*tasks, "neither"].index(name.split("-")[0]), reverse=True)
+    places = ["engram", "random compressor", "intermediate", "pooled"]
+    colours, marks = dict(zip(tasks, PALETTE, strict=False)), dict(zip(tasks, "os", strict=False))
+    figure = Figure(figsize=(10.5, 2.6 + 1.05 * len(conditions)), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    what = ("adjusted mutual information of the clusters", "accuracy of a linear probe")
+    heights = {}
+    for number, condition in enumerate(conditions):
+        for place, name in enumerate(places):
+            heights[condition, name] = number * (len(places) + 2) + len(places) - 1 - place
+    for axes, prefix, label in zip(panels, ("ami", "probe"), what, strict=True):
+        for row in rows:
+            band = row["representation"] == "random compressor"
+            for shift, task in zip((0.14, -0.14), tasks, strict=True):
+                score, colour = row[f"{prefix}_{task}"], colours[task]
+                y = heights[row["arm"], row["representation"]] + shift
+                ends = [score["mean"] if score[e] is None else score[e] for e in ("low", "high")]
+                axes.plot(
+                    ends, [y, y], color=colour, alpha=0.35 if band else 1, lw=6 if band else 2
+                )
+                hollow = {"mfc": "white"} if band else {}
+                axes.plot(score["mean"], y, marks[task], color=colour, ms=5, **hollow)
+        if prefix == "probe":
+            for task, classes in tasks.items():
+                axes.axvline(1 / len(classes), color=colours[task], ls=":", lw=1.2)
+        axes.set(xlabel=label)
+        style(axes)
+        for number in range(1, len(conditions)):
+            axes.axhline(number * (len(places) + 2) - 1, color="#999999", lw=0.6)
+    words = {name: PLACES.get(name, name) for name in places}
+    ticks = [(y, words[name]) for (_, name), y in heights.items()]
+    panels[0].set_yticks([y for y, _ in ticks], [text for _, text in ticks], fontsize=8)
+    for number, condition in enumerate(conditions):
+        x, y = panels[0].get_xlim()[1], number * (len(places) + 2) + len(places)
+        text = f"trained on: {title_of(condition)}"
+        panels[0].text(x, y, text, ha="right", va="center_baseline", fontsize=9, weight="bold")
+    handles = [
+        *(Line2D([], [], color=colours[t], marker=marks[t], ms=5, lw=2) for t in tasks),
+        Line2D([], [], color="#777777", marker="o", mfc="white", ms=5, lw=6, alpha=0.5),
+        Line2D([], [], color="#444444", ls=":", lw=1.2),
+    ]
+    names = [f"{task} (k = {len(classes)})" for task, classes in tasks.items()]
+    names += ["random compressors: mean and range", "chance, in the label's colour"]
+    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
+    seeds = max(row["probe_" + next(iter(tasks))]["n_seeds"] for row in rows)
+    headline(
+        figure,
+        "Two independent labels in one text: which one is kept, and what becomes of the other?",
+        subject(results).replace("; ", ", "),
+        f"{count_of_seeds(seeds)}; lines: 95 %, items and seeds resampled; range: 95 % of the draws",
     )
     return figure

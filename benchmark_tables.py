@@ -130,6 +130,33 @@ def _faults_table(found: Mapping, shown: Mapping[str, str]) -> tuple:
     return caption, ["fault", *FAULT_OUTCOMES.values()], rows
 
 
+def _no_values(found: Mapping) -> Iterator[tuple[str, str]]:
+    yield from ()
+
+
+def _verdicts_table(found: Mapping, shown: Mapping[str, str]) -> tuple:
+    size = found["settings"]
+    caption = (
+        f"{found['draws']} draws a law, each {size['seeds']} seeds of {size['items']} made-up "
+        f"items, {size['band_draws']} random compressors, {size['resamples']:,} resamples; "
+        f"{found['cpu_seconds'] / 60:.0f} min of one core, {found['date']}."
+    )
+    rows = []
+    for row in found["verdicts"]:
+        claim, came = row["claim"].replace("_", " "), f"{row['as_planted']} of {row['draws']}"
+        rows.append([row["scenario"], claim, row["planted"], came, NONE])
+    for row in found["false_positives"]:
+        wrong = f"{row['adjusted']} of {row['draws']} (unadjusted {row['raw']})"
+        rows.append([row["scenario"], row["contrast"], "no difference", NONE, wrong])
+    return caption, ["law", "claim or contrast", "planted", "came out so", "false positives"], rows
+
+
+def _analysis_table(found: Mapping, shown: Mapping[str, str]) -> tuple:
+    header = ["arms", "items", "engram width", "one core (s)", "passed (s)", "asked (s)"]
+    names = ("arms", "items", "engram_width", "cpu_seconds", "wall_seconds", "limit_seconds")
+    return f"{found['machine']}, {found['date']}.", header, [[f"{found[n]:,}" for n in names]]
+
+
 BENCHMARKS = {
     "benchmark-faults": Benchmark(
         "benchmarks/faults.json",
@@ -140,6 +167,19 @@ BENCHMARKS = {
         },
         _faults_values,
         _faults_table,
+    ),
+    "benchmark-verdicts": Benchmark(
+        "benchmarks/verdicts.json",
+        {"draws": count, "cpu_seconds": positive, "verdicts": [{"as_planted": count}]}
+        | {"false_positives": [{"raw": count, "adjusted": count}]},
+        _no_values,
+        _verdicts_table,
+    ),
+    "benchmark-analysis": Benchmark(
+        "benchmarks/analysis_time.json",
+        {"items": count, "cpu_seconds": positive, "wall_seconds": positive},
+        _no_values,
+        _analysis_table,
     ),
     "benchmark-small": Benchmark(
         "benchmarks/small.json",

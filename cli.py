@@ -112,6 +112,8 @@ FREE = (
     "debug",
     "threads",
     "data",
+    "sst2",
+    "agnews",
     "text_column",
     "label_column",
     "labels",

@@ -11,7 +11,7 @@ packaged corpus and writes to results/rotten-tomatoes/. The README states the me
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,21 +72,12 @@ def results_folder(config: Config, dataset: data.Dataset) -> Path:
     return RESULTS if dataset.name == SPEC.name else RESULTS / dataset.slug
 
 
-def main(argv: Sequence[str], stop: cli.StopSignals) -> None:
-    config = cli.parse(Config, argv, __doc__)
-    cli.require_writable(Path(config.out or RESULTS))
-    prepare_cpu(config.threads, config.jobs, config.deterministic)
-    if config.width % config.heads:
-        raise cli.UserError(
-            f"--width {config.width} is not a multiple of --heads {config.heads}. Change one."
-        )
-    dataset = load_dataset(config)
-    folder = results_folder(config, dataset)
-    vocabulary = batches.WordVocabulary.build(dataset.train.texts, config.vocabulary)
+def backbone_maker(config: Config, vocabulary: int) -> Callable[[Arm], SmallTransformer]:
+    """A function that builds an arm's transformer from torch's seeded generator."""
 
-    def make_backbone(arm: Arm) -> SmallTransformer:
+    def make(arm: Arm) -> SmallTransformer:
         return SmallTransformer(
-            vocabulary=len(vocabulary),
+            vocabulary=vocabulary,
             max_tokens=config.max_tokens,
             width=config.width,
             heads=config.heads,
@@ -97,15 +88,40 @@ def main(argv: Sequence[str], stop: cli.StopSignals) -> None:
             embedding_std=config.embedding_std,
         )
 
+    return make
+
+
+def check_width(config: Config) -> None:
+    """Refuse a width that the heads do not divide."""
+    if config.width % config.heads:
+        raise cli.UserError(
+            f"--width {config.width} is not a multiple of --heads {config.heads}. Change one."
+        )
+
+
+def backbone_name(config: Config) -> str:
+    """What results, tables and figures call it."""
+    return f"transformer from scratch, {config.layers} layers, d {config.width}"
+
+
+def main(argv: Sequence[str], stop: cli.StopSignals) -> None:
+    config = cli.parse(Config, argv, __doc__)
+    cli.require_writable(Path(config.out or RESULTS))
+    prepare_cpu(config.threads, config.jobs, config.deterministic)
+    check_width(config)
+    dataset = load_dataset(config)
+    folder = results_folder(config, dataset)
+    vocabulary = batches.WordVocabulary.build(dataset.train.texts, config.vocabulary)
+
     study = Study(
         script=Path(__file__).name,
-        backbone=f"transformer from scratch, {config.layers} layers, d {config.width}",
+        backbone=backbone_name(config),
         config=config,
         recipe=cli.recipe_of(config, schedule="cosine-epoch", window=config.window),
         dataset=dataset,
         train=batches.encode(dataset.train, vocabulary.encode, config.max_tokens),
         evaluation=batches.encode(dataset.evaluation, vocabulary.encode, config.max_tokens),
-        make_backbone=make_backbone,
+        make_backbone=backbone_maker(config, len(vocabulary)),
         device=torch.device("cpu"),
     )
     own = dataset.name == SPEC.name

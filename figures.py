@@ -15,8 +15,8 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import NullFormatter
 
 from arm_figures import arms as all_arms
-from arm_figures import has_arms, width, widths_of
-from drawing import PALETTE, count_of_seeds, headline, style
+from arm_figures import has_arms, two_labels, width, widths_of
+from drawing import PALETTE, PLACES, count_of_seeds, headline, style
 from tables import MAIN_ARMS, interval, is_comparable, subject, title_of
 
 DIRECTIONS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
@@ -41,6 +41,8 @@ def engram_run(results: Mapping, features: Mapping) -> tuple[str, str] | None:
 
 def expected(results: Mapping, features: Mapping) -> list[str]:
     """Names of the figures a folder with these results and features must hold, in both formats."""
+    if "two-labels" in results["analysis"]:
+        return ["learning_curves.png", "two_labels.png"]
     return [
         name
         for name, wanted in {
@@ -69,6 +71,7 @@ def draw(results: Mapping, features: Mapping, published: Mapping | None) -> Iter
         "engram_clusters.png": lambda: engram_clusters(results, features),
         "arms.png": lambda: all_arms(results),
         "width.png": lambda: width(results),
+        "two_labels.png": lambda: two_labels(results),
     }
     for name in expected(results, features):
         yield name, drawers[name]()
@@ -318,7 +321,6 @@ def _is_engram(row: Mapping) -> bool:
     return (row["control"], row.get("representation")) == ("A4", "engram")
 
 
-_PLACES = {"intermediate": "classifier layer", "pooled": "pooled state", "layer 0": "embedding"}
 _CODES = {
     "A1": "random compressor",
     "A2": "compressor's initial weights",
@@ -334,5 +336,5 @@ def _control_label(row: Mapping) -> str:
         words = _CODES[row["control"]].format(name=row["name"])
     else:
         floor = "untrained network: " if row["control"] == "A6" else ""
-        words = floor + ("trained engram" if _is_engram(row) else _PLACES.get(place, place))
+        words = floor + ("trained engram" if _is_engram(row) else PLACES.get(place, place))
     return f"{words} ({row['control']})"

@@ -14,7 +14,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import RidgeClassifierCV
 from sklearn.metrics import silhouette_score, v_measure_score
 from sklearn.mixture import GaussianMixture
-from sklearn.model_selection import StratifiedKFold, cross_val_score
+from sklearn.model_selection import StratifiedKFold, cross_val_predict, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -107,9 +107,23 @@ def probe_accuracy(x: np.ndarray, labels: np.ndarray, seed: int = 0) -> float:
     folds = min(PROBE_FOLDS, int(np.bincount(labels).min()))
     if folds < 2:
         return float("nan")
-    model = make_pipeline(StandardScaler(), RidgeClassifierCV(PROBE_ALPHAS))
-    splits = StratifiedKFold(folds, shuffle=True, random_state=seed)
+    model, splits = _probe(folds, seed)
     return float(cross_val_score(model, np.asarray(x, np.float64), labels, cv=splits).mean())
+
+
+def probe_predictions(x: np.ndarray, labels: np.ndarray, seed: int = 0) -> np.ndarray:
+    """(N,) the probe's prediction of each item by the folds that do not hold it.
+
+    Args:
+        labels: (N,) int, each class at least twice.
+    """
+    model, splits = _probe(min(PROBE_FOLDS, int(np.bincount(labels).min())), seed)
+    return cross_val_predict(model, np.asarray(x, np.float64), labels, cv=splits)
+
+
+def _probe(folds: int, seed: int):
+    model = make_pipeline(StandardScaler(), RidgeClassifierCV(PROBE_ALPHAS))
+    return model, StratifiedKFold(folds, shuffle=True, random_state=seed)
 
 
 @dataclass(frozen=True)

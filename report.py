@@ -37,6 +37,7 @@ from schema import (
     SCHEMA,
     ReportError,
     Study,
+    evidence_beside,
     features_of,
     mismatches,
     read_studies,
@@ -52,6 +53,8 @@ def _digest(results: Mapping) -> str:
     """Digest of what the figures show; each PNG keeps it, so a stale one can be told."""
     shown = [results[k] for k in ("rows", "dataset", "backbone")]
     shown += [results["analysis"].get("controls"), results.get("departures")]
+    if rivals := results["analysis"].get("two-labels"):  # other folders keep their digest
+        shown.append(rivals)
     return hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -78,13 +81,20 @@ def draw(folder: Path) -> list[Path]:
 
 def analyse(folder: Path) -> None:
     """Repeat the analysis of a folder from features.npz and store it in results.json."""
-    from analysis import analyse as run  # here: it loads torch, which --check must not need
+    # here: they load torch, which --check must not need
+    import rivals
+    from analysis import analyse as run
 
     study, features = read_study(folder), features_of(folder)
     results = study.results
     if results is None or not features:
         raise ReportError(f"{folder} lacks results.json or features.npz. Run the experiment first.")
-    results["analysis"] = run(dict(features), results, published=study.published)
+    if "two-labels" in results["analysis"]:
+        results["analysis"] |= rivals.score(dict(features))
+        results["evidence"] = rivals.evidence(results["analysis"])
+    else:
+        seen = results | {"evidence": evidence_beside(folder)}
+        results["analysis"] = run(dict(features), seen, published=study.published)
     write_json(folder / "results.json", results)
 
 

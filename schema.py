@@ -154,6 +154,17 @@ def read_studies(root: Path) -> dict[str, Study]:
     return found
 
 
+def evidence_beside(folder: Path) -> dict:
+    """What a folder's own results.json and those of its subfolders measured for the claims' rules.
+
+    {claim id: {mean, low, high, n_seeds}}; a subfolder's overrides.
+    """
+    found = {}
+    for path in (folder / "results.json", *sorted(folder.glob("*/results.json"))):
+        found |= (read_json(path) or {}).get("evidence", {})
+    return found
+
+
 def features_of(folder: Path) -> Mapping:
     """Arrays of features.npz by key, each read when asked for; empty if there is no file."""
     path = folder / "features.npz"

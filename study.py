@@ -99,6 +99,22 @@ def identity_of(study: Study) -> dict[str, Any]:
     }
 
 
+def departures(config: StudyConfig) -> list[str]:
+    """The flags that are off their defaults and make it another run, for tables and figures."""
+    usual = cli.defaults_of(type(config))
+    return [
+        f"{name.replace('_', '-')} {value}"
+        for name, value in asdict(config).items()
+        if name not in (*FREE, "smoke") and value != usual[name]
+    ]
+
+
+def identity_defaults(config: StudyConfig) -> dict[str, Any]:
+    """Defaults of an identity's keys, for results older than a key."""
+    recipe = {f"recipe.{f.name}": f.default for f in dataclasses.fields(Recipe)}
+    return cli.defaults_of(type(config)) | recipe
+
+
 def run_study(study: Study, out: Path, seeds: list[int], stop: StopSignals) -> Path:
     """Train every (seed, arm) that the folder does not hold yet, then analyse and draw.
 
@@ -111,9 +127,7 @@ def run_study(study: Study, out: Path, seeds: list[int], stop: StopSignals) -> P
     config = study.config
     stop.after(config.stop_after)
     identity = identity_of(study)
-    defaults = cli.defaults_of(type(config)) | {
-        f"recipe.{f.name}": f.default for f in dataclasses.fields(Recipe)
-    }
+    defaults = identity_defaults(config)
     restart = config.restart or not config.resume
     with ResultsFolder(out, identity, defaults, restart) as folder:
         for note in study.dataset.notes:
@@ -127,22 +141,17 @@ def run_study(study: Study, out: Path, seeds: list[int], stop: StopSignals) -> P
                 f"{kept} of {kept + len(todo)} (arm, seed) are in {folder.path} already; kept"
             )
         if todo or "provenance" not in folder.results:
-            earlier = folder.results.get("provenance", {})
-            folder.results |= _header(study, folder)
-            if earlier:
-                brief = {key: earlier[key] for key in ("commit", "dirty", "argv", "started")}
-                folder.results["provenance"]["earlier"] = [*earlier.get("earlier", []), brief]
-        usual = cli.defaults_of(type(config))
-        folder.results["departures"] = [
-            f"{name.replace('_', '-')} {value}"
-            for name, value in asdict(config).items()
-            if name not in (*FREE, "smoke") and value != usual[name]
-        ]
+            write_header(study, folder)
+        folder.results["departures"] = departures(config)
         given = {"labels": study.evaluation.labels.numpy(), "lengths": study.evaluation.lengths}
         if not given.keys() <= folder.features.keys():
             folder.features.update(given)
             folder.write_features()
-        for (seed, name), (row, features) in _finished(study, folder, todo, stop):
+
+        def train(seed: int, name: str) -> Trained:
+            return train_one(study, folder, arm_for(config, name), seed, stop)
+
+        for (seed, name), (row, features) in finished(train, todo, config.jobs, stop):
             folder.results["provenance"]["wall_seconds"] = before + time.monotonic() - started
             folder.add(name, seed, row, features)
             folder.log(_summary(name, seed, row))
@@ -155,20 +164,20 @@ Trained = tuple[dict[str, Any], dict[str, np.ndarray]]
 _shared: dict[str, Any] = {}  # what forked workers inherit
 
 
-def _finished(
-    study: Study, folder: ResultsFolder, todo: list[Task], stop: StopSignals
+def finished(
+    train: Callable[[int, str], Trained], todo: list[Task], jobs: int, stop: StopSignals
 ) -> Iterator[tuple[Task, Trained]]:
-    """Train the (seed, arm) of `todo`, here or in --jobs processes, each as it is done.
+    """Train the (seed, arm) of `todo`, here or in `jobs` processes, each as it is done.
 
     Raises:
         Interrupted: after a signal, once every worker has saved.
     """
-    jobs = min(study.config.jobs, len(todo))
+    jobs = min(jobs, len(todo))
     if jobs <= 1:
         for seed, name in todo:
-            yield (seed, name), _train_one(study, folder, arm_for(study.config, name), seed, stop)
+            yield (seed, name), train(seed, name)
         return
-    _shared.update(study=study, folder=folder, stop=stop)
+    _shared["train"] = train
     context = multiprocessing.get_context("fork")  # the data is inherited, not sent
     with ProcessPoolExecutor(jobs, context, initializer=_start_worker) as pool:
         running = {pool.submit(_work, *task): task for task in todo}
@@ -201,8 +210,16 @@ def _start_worker() -> None:
 
 
 def _work(seed: int, name: str) -> Trained:
-    study, folder, stop = (_shared[key] for key in ("study", "folder", "stop"))
-    return _train_one(study, folder, arm_for(study.config, name), seed, stop)
+    return _shared["train"](seed, name)
+
+
+def write_header(study: Study, folder: ResultsFolder) -> None:
+    """Set what results.json says of a run beside its rows; keep which commands came before."""
+    earlier = folder.results.get("provenance", {})
+    folder.results |= _header(study, folder)
+    if earlier:
+        brief = {key: earlier[key] for key in ("commit", "dirty", "argv", "started")}
+        folder.results["provenance"]["earlier"] = [*earlier.get("earlier", []), brief]
 
 
 def _header(study: Study, folder: ResultsFolder) -> dict[str, Any]:
@@ -234,9 +251,9 @@ def _header(study: Study, folder: ResultsFolder) -> dict[str, Any]:
     }
 
 
-def _train_one(
+def train_one(
     study: Study, folder: ResultsFolder, arm: Arm, seed: int, stop: StopSignals
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+) -> Trained:
     """Train (or go on with) one arm of one seed; its row of results.json and its features."""
     seed_everything(seed, "initialisation")
     classes = len(study.dataset.class_names)
@@ -400,18 +417,26 @@ def _summary(arm: str, seed: int, row: dict[str, Any]) -> str:
 
 
 def _analyse_and_draw(folder: ResultsFolder) -> None:
-    """The numbers are safe by now: a figure that cannot be drawn is a warning, not a loss."""
+    """The numbers are safe by now."""
     import analysis
-    import report
-    from schema import read_study
+    from schema import evidence_beside, read_study
 
     started = time.monotonic()
     published = read_study(folder.folder).published
     folder.results["analysis"] = analysis.analyse(
-        folder.features, folder.results, published=published
+        folder.features,
+        folder.results | {"evidence": evidence_beside(folder.folder)},
+        published=published,
     )
     folder.write()
     folder.log(f"analysis: {time.monotonic() - started:.1f} s")
+    draw_figures(folder)
+
+
+def draw_figures(folder: ResultsFolder) -> None:
+    """Draw a folder's figures; one that cannot be drawn is a warning, not a loss."""
+    import report
+
     started = time.monotonic()
     try:
         drawn = report.draw(folder.folder)

@@ -35,6 +35,12 @@ TITLES = {  # as common.ARMS, which would load torch
     **{f"dual_engram_w{dim}": f"Model 3, engram of {dim}" for dim in (2, 8, 32, 128, 256)},
     "published_small": "Published protocol",
     "untrained": "Untrained",
+    "sentiment-classification_engram": "sentiment",
+    "sentiment-dual_engram": "sentiment + LM",
+    "topic-classification_engram": "topic",
+    "topic-dual_engram": "topic + LM",
+    "neither-lm_only_engram": "neither: LM only",
+    "neither-untrained": "neither: untrained",
 }
 # the published small study's one compressor belongs to its Model 3, whose protocol this arm repeats
 PUBLISHED_AS = {"published_small": "dual_engram"}
@@ -270,6 +276,21 @@ ANALYSES = {  # kind: columns of the list of that name in `analysis`
         ("verdict at this scale", "verdict"),
         ("because", "because"),
         ("what would decide it", "would_decide"),
+    ),
+    "two-labels": (
+        ("trained on", "arm"),
+        ("representation", "representation"),
+        ("AMI sentiment, k = 2", "ami_sentiment"),
+        ("AMI topic, k = 4", "ami_topic"),
+        ("AMI trained - other", "difference"),
+        ("probe of sentiment", "probe_sentiment"),
+        ("probe of topic", "probe_topic"),
+    ),
+    "kept": (
+        ("trained on", "task"),
+        ("probe of the other label", "name"),
+        ("difference", "difference"),
+        ("p", "p"),
     ),
 }
 _LABELS = {"controls": 4}  # columns that say what a row is; a row without figures is left out

@@ -85,6 +85,9 @@ CASES = [
     ("clusters_at_all", SUPPORTED, {"floor": 0.1}),
     ("clusters_at_all", OPEN, {"floor": 0.9}),
     ("clusters_at_all", REFUTED, {"ari": 0.0}),
+    ("clusters_at_all", REFUTED, {"ari": 0.029}),  # 0.009 to 0.049: above 0, below the margin
+    ("clusters_at_all", OPEN, {"ari": 0.06}),  # 0.04 to 0.08: the margin lies inside
+    ("clusters_at_all", SUPPORTED, {"ari": 0.08}),
     ("because_of_objective", SUPPORTED, ALL),
     ("because_of_objective", REFUTED, ALL | {"P1": SAME}),
     ("because_of_objective", REFUTED, ALL | {"E5": DOWN}),

@@ -333,6 +333,9 @@ def with_more_arms(results):
     for arm in ("dual_engram_same_class", "dual_engram_w2", "dual_engram_w256"):
         rows[arm] = rows["dual_engram"]
         controls += [r | {"arm": arm} for r in controls if r["arm"] == "dual_engram"]
+    score = {"mean": 0.3, "low": 0.2, "high": 0.4, "n_seeds": 3}
+    trained = {"control": "A4", "name": "trained", "representation": "engram", "ari": score}
+    controls += [trained | {"arm": arm} for arm in rows if arm.startswith("dual_engram")]
     results["config"]["engram_dim"] = 32
     return results
 
@@ -468,3 +471,32 @@ def test_lists_of_the_analysis_become_tables(checkout):
     assert claims[4].startswith(row)
     assert claims[5].startswith("| it gains | - | - | - | - |")
     assert "| 0.100 [0.000, 0.200] (1 seed) | 0.500 | yes (within 0.050) |" in contrasts[4]
+
+
+def test_the_verdicts_table_says_how_often_they_came_out_as_planted(tmp_path):
+    size = {"seeds": 5, "items": 400, "band_draws": 20, "resamples": 1000}
+    run = {
+        "draws": 20,
+        "cpu_seconds": 120.0,
+        "date": "2026-01-01",
+        "settings": size,
+        "verdicts": [
+            {"scenario": "nothing", "claim": "any_task", "planted": "x", "draws": 20}
+            | {"as_planted": 19}
+        ],
+        "false_positives": [
+            {"scenario": "nothing", "contrast": "P1", "draws": 20, "raw": 2, "adjusted": 1}
+        ],
+    }
+    page = tmp_path / "FINDINGS.md"
+    page.write_text("<!-- table:benchmark-verdicts -->\n<!-- end -->\n")
+    (tmp_path / "benchmarks").mkdir()
+    assert report.main(["--tables-only"], tmp_path) == 0
+    assert "Not measured." in page.read_text()
+    (tmp_path / "benchmarks" / "verdicts.json").write_text(json.dumps(run))
+    assert any("stale" in line for line in report.check(tmp_path))
+    assert report.main(["--tables-only"], tmp_path) == 0
+    text = page.read_text()
+    assert "| nothing | any task | x | 19 of 20 | - |" in text
+    assert "| nothing | P1 | no difference | - | 1 of 20 (unadjusted 2) |" in text
+    assert report.check(tmp_path) == []
