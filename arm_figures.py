@@ -194,6 +194,7 @@ def two_labels(results: Mapping) -> Figure:
         figure,
         "Two independent labels in one text: which one is kept, and what becomes of the other?",
         subject(results).replace("; ", ", "),
-        f"{count_of_seeds(seeds)}; lines: 95 %, items and seeds resampled; range: 95 % of the draws",
+        f"{count_of_seeds(seeds)}; lines: 95 %, items and seeds resampled; "
+        "range: 95 % of the draws",
     )
     return figure
