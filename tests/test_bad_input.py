@@ -81,7 +81,7 @@ WORDS = {
     "37 short": (experiment, "--smoke --max-tokens 1", "--max-tokens: must be a whole number >= 2"),
     "38 seed": (experiment, "--smoke --seeds x", "must be a whole number >= 0, got x."),
     "38 large": (experiment_7b, f"--smoke --seeds {2**63}", "must be a whole number >= 0, got"),
-    "39 arm": (experiment, "--smoke --arms 4", "takes any of classification dual"),
+    "39 arm": (experiment, "--smoke --arms 4", "takes any of main controls"),
     "40 misspelt": (experiment_7b, "--smoke --epoch 3", "Did you mean --epochs?"),
     "40 unknown": (
         experiment,

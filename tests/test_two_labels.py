@@ -17,6 +17,7 @@ import rivals
 import two_labels
 from claims import MIN_SEEDS, SUPPORTED, decide_interval
 from data import Split
+from inference import ARI_MARGIN
 from schema import evidence_beside, read_study
 
 WORDS = 6
@@ -138,12 +139,16 @@ def test_codes_that_follow_the_trained_label_support_the_claim():
     assert floor["difference"] is None and abs(floor["ami_topic"]["mean"]) < 0.1
     chance = floor["probe_sentiment"]["mean"], floor["probe_topic"]["mean"]
     assert chance == pytest.approx((0.5, 0.25), abs=0.1)
-    assert decide_interval(evidence["most_salient"]).verdict == SUPPORTED
+    assert decide_interval(evidence["most_salient"], ARI_MARGIN, ARI_MARGIN).verdict == SUPPORTED
 
 
-def test_codes_that_follow_one_task_only_do_not_and_the_probe_sees_what_no_cluster_follows():
-    rows, evidence = rows_of(planted({"sentiment-dual_engram": "sentiment"}, keeps=("topic",)))
-    assert decide_interval(evidence["most_salient"]).verdict != SUPPORTED
+def test_codes_that_follow_one_task_only_do_not():
+    _, evidence = rows_of(planted({"sentiment-dual_engram": "sentiment"}))
+    assert decide_interval(evidence["most_salient"], ARI_MARGIN, ARI_MARGIN).verdict != SUPPORTED
+
+
+def test_the_probe_sees_what_no_cluster_follows():
+    rows, _ = rows_of(planted({"sentiment-dual_engram": "sentiment"}, keeps=("topic",)))
     row = rows["sentiment-dual_engram", "intermediate"]
     assert row["ami_sentiment"]["low"] > 0.9
     assert row["ami_topic"]["mean"] < 0.2 and row["probe_other"]["low"] > 0.5
@@ -202,7 +207,7 @@ def test_its_figures_and_tables_are_checked(smoke, tmp_path):
     folder = root / "results" / "two-labels"
     folder.mkdir(parents=True)
     for file in out.iterdir():
-        if file.suffix in (".json", ".npz", ".png"):
+        if file.suffix in (".json", ".npz", ".png", ".svg"):
             (folder / file.name).write_bytes(file.read_bytes())
     key = "small/two-labels"
     page = "".join(f"<!-- table:{key}-{k} -->\n<!-- end -->\n" for k in ("two-labels", "kept"))
