@@ -107,7 +107,8 @@ def backbone_name(config: Config) -> str:
 def main(argv: Sequence[str], stop: cli.StopSignals) -> None:
     config = cli.parse(Config, argv, __doc__)
     cli.require_writable(Path(config.out or RESULTS))
-    prepare_cpu(config.threads, config.jobs, config.deterministic)
+    # a run of seconds gains nothing from threads, and loses much to them on a busy machine
+    prepare_cpu(config.threads or (1 if config.smoke else None), config.jobs, config.deterministic)
     check_width(config)
     dataset = load_dataset(config)
     folder = results_folder(config, dataset)

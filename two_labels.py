@@ -132,7 +132,8 @@ def analyse(folder: ResultsFolder, smoke: bool) -> None:
 
 def main(argv: Sequence[str], stop: cli.StopSignals) -> None:
     config = cli.parse(Config, argv, __doc__)
-    prepare_cpu(config.threads, config.jobs, config.deterministic)
+    # a run of seconds gains nothing from threads, and loses much to them on a busy machine
+    prepare_cpu(config.threads or (1 if config.smoke else None), config.jobs, config.deterministic)
     check(config)
     conditions = conditions_of(config)
     joint = load_pairs(config)
