@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
+from arms import Arm
 from backbones import Pretrained, load
 from batches import encode, eval_order
-from common import Arm, StudyModel, UserError
+from common import StudyModel, UserError
 from data import Split
 from files import write_atomic, write_json
 

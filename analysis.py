@@ -19,12 +19,7 @@ from threadpoolctl import threadpool_limits
 
 import measures
 from claims import Evidence, verdicts
-from common import (
-    adjusted_rand,
-    cluster_accuracy,
-    cosine_gap,
-    kmeans,
-)
+from clustering import adjusted_rand, cluster_accuracy, cosine_gap, kmeans
 from contrasts import CONTRASTS, against_published, evaluate
 from inference import (
     adjust,

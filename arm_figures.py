@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
+from arms import ARMS, MAIN_ARMS
 from drawing import (
     BAND,
     PALETTE,
@@ -20,9 +20,8 @@ from drawing import (
     headline,
     style,
 )
-from tables import MAIN_ARMS, TITLES, interval, subject, title_of
+from tables import TITLES, interval, subject, title_of
 
-_WIDTH = re.compile(r"dual_engram_w(\d+)")
 _TRAINED, _UNTRAINED, _RANDOM = ("A4", "engram"), ("A6", "engram"), ("A1", "engram")
 
 
@@ -41,7 +40,8 @@ def has_arms(results: Mapping) -> bool:
 
 def widths_of(results: Mapping) -> dict[int, str]:
     """Arms with an engram by its width, ascending; the unnamed one has the run's width."""
-    found = {int(m[1]): arm for arm in results["rows"] if (m := _WIDTH.fullmatch(arm))}
+    known = [ARMS[name] for name in results["rows"] if name in ARMS]
+    found = {arm.engram_dim: arm.name for arm in known if arm.engram_dim}
     if found and "dual_engram" in results["rows"]:
         found.setdefault(results["config"]["engram_dim"], "dual_engram")
     return {width: arm for width, arm in sorted(found.items()) if _score(results, arm, _TRAINED)}

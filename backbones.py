@@ -17,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AutoTokenizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from common import Arm, Batch, UserError
+from arms import Arm
+from common import Batch, UserError
 from decoder import Decoder, Frozen
 from lora import LeanLora
 from packing import ROW_MULTIPLE, Layout, packed_attention

@@ -19,7 +19,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from common import ARM_GROUPS, ARMS, FEEDBACKS, MAIN_ARMS, TAPS, UserError
+from arms import ARM_GROUPS, ARMS, FEEDBACKS, MAIN_ARMS, TAPS
+from common import UserError
 from files import NoRoomError
 from memory import ADVICE, OutOfMemory, is_out_of_memory
 from training import Interrupted, NonFiniteError, Recipe

@@ -20,7 +20,7 @@ import torch
 import batches
 import cli
 import data
-from common import Arm
+from arms import Arm
 from study import Study, run_study
 from training import prepare_cpu
 from transformer import SmallTransformer

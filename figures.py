@@ -16,8 +16,9 @@ from matplotlib.ticker import NullFormatter
 
 from arm_figures import arms as all_arms
 from arm_figures import has_arms, two_labels, width, widths_of
+from arms import MAIN_ARMS
 from drawing import PALETTE, PLACES, count_of_seeds, headline, style
-from tables import MAIN_ARMS, interval, is_comparable, subject, title_of
+from tables import interval, is_comparable, subject, title_of
 
 DIRECTIONS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 SHOWN = 2000  # items in t-SNE and spectra; as published for AG News, and done in a minute
@@ -197,7 +198,7 @@ def _sample(count: int) -> np.ndarray:
 
 
 def _variances(x: np.ndarray) -> tuple[np.ndarray, float]:
-    """Shares of variance (min(N, width),) and effective rank (as common.effective_rank) of x."""
+    """Shares of variance (min(N, width),) and effective rank of x, as clustering's."""
     x = x.astype(np.float64)
     values = np.linalg.svd(x - x.mean(0), compute_uv=False)
     if not values.any():  # every row is the same
@@ -212,7 +213,7 @@ def engram_clusters(results: Mapping, features: Mapping) -> Figure:
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
-    from common import cluster_accuracy, kmeans  # here: it loads torch, which --check must not need
+    from clustering import cluster_accuracy, kmeans
 
     arm, seed = engram_run(results, features)
     engram = features[f"{arm}/{seed}/engram"].astype(np.float64)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from common import kmeans, nearest_centroid
+from clustering import kmeans, nearest_centroid
 
 ALPHA = 0.05
 ARI_MARGIN = 0.05

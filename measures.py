@@ -18,7 +18,7 @@ from sklearn.model_selection import StratifiedKFold, cross_val_predict, cross_va
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from common import (
+from clustering import (
     adjusted_mutual_information,
     adjusted_rand,
     cluster_accuracy,

@@ -8,15 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from common import (
-    Arm,
-    Batch,
-    Outputs,
-    StudyModel,
-    classification_loss,
-    feedback_partners,
-    lm_loss,
-)
+from arms import Arm
+from common import Batch, Outputs, StudyModel, classification_loss, feedback_partners, lm_loss
 
 if TYPE_CHECKING:
     from training import Recipe

@@ -16,7 +16,7 @@ from sklearn.metrics.cluster import expected_mutual_information
 from threadpoolctl import threadpool_limits
 
 import measures
-from common import kmeans
+from clustering import kmeans
 from inference import Statistic, difference_p, interval, item_weights, share_statistic
 from pairs import TASKS
 from scores import Run, Scores, read_runs

@@ -20,20 +20,12 @@ import torch
 from tqdm import tqdm
 
 import cli
+from arms import ARMS, Arm
 from batches import Encoded
 from checkpoints import CheckpointStore
 from cli import FREE, StopSignals, StudyConfig
-from common import (
-    ARMS,
-    Arm,
-    StudyModel,
-    UserError,
-    adjusted_rand,
-    cluster_accuracy,
-    engram_metrics,
-    kmeans,
-    nearest_centroid,
-)
+from clustering import adjusted_rand, cluster_accuracy, engram_metrics, kmeans, nearest_centroid
+from common import StudyModel, UserError
 from data import Dataset
 from results import ResultsFolder, commit, provenance
 from training import (

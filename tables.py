@@ -13,28 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import t as student
 
+from arms import ARMS, MAIN_ARMS
 from schema import KEYS, ReportError, Study
 
-MAIN_ARMS = ("classification", "dual", "dual_engram")
-TITLES = {  # as common.ARMS, which would load torch
-    "classification": "Model 1: classification",
-    "dual": "Model 2: + next token",
-    "dual_engram": "Model 3: + engram",
-    "classification_engram": "Model 1 + engram, no LM",
-    "dual_engram_self": "Model 3, own engram fed back",
-    "dual_engram_same_class": "Model 3, same-class engram",
-    "dual_engram_off": "Model 3, zero engram",
-    "dual_engram_detached": "Model 3, detached engram",
-    "lm_only_engram": "LM + engram, no labels",
-    "dual_engram_shuffled_labels": "Model 3, shuffled labels",
-    "dual_engram_shuffled_targets": "Model 3, shuffled LM targets",
-    "dual_stopped": "Model 2, LM gradient stopped",
-    "classification_longer": "Model 1, twice the epochs",
-    **{f"dual_lm_{w}": f"Model 2, LM weight 0.{w}" for w in (25, 75)},
-    **{f"dual_engram_lm_{w}": f"Model 3, LM weight 0.{w}" for w in (25, 75)},
-    **{f"dual_engram_w{dim}": f"Model 3, engram of {dim}" for dim in (2, 8, 32, 128, 256)},
-    "published_small": "Published protocol",
-    "untrained": "Untrained",
+TITLES = {name: arm.title for name, arm in ARMS.items()} | {
+    # the two-label test's conditions: what is trained on, and with what
     "sentiment-classification_engram": "sentiment",
     "sentiment-dual_engram": "sentiment + LM",
     "topic-classification_engram": "topic",

@@ -299,7 +299,8 @@ def checkpoint_costs(folder: Path) -> dict[str, float]:
     """Seconds of a save, a load and a step of Model 3 at the published small size."""
     import batches
     import data
-    from common import ARMS, StudyModel
+    from arms import ARMS
+    from common import StudyModel
     from training import Fit, Recipe
     from transformer import SmallTransformer
 

@@ -34,7 +34,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import backbones
 import batches
 import data
-from common import ARMS, MAIN_ARMS, ClassificationHead, StudyModel
+from arms import ARMS, MAIN_ARMS
+from common import ClassificationHead, StudyModel
 from files import write_json
 from results import provenance
 from training import Fit, Recipe, Totals, derive_seed, prepare_cpu, seed_everything

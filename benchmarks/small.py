@@ -33,7 +33,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import batches
 import data
-from common import ARMS, MAIN_ARMS, StudyModel
+from arms import ARMS, MAIN_ARMS
+from common import StudyModel
 from results import provenance
 from training import Fit, Recipe, derive_seed, prepare_cpu, seed_everything
 from transformer import SmallTransformer

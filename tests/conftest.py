@@ -11,7 +11,8 @@ import torch
 
 import batches
 import data
-from common import ARMS, Batch, StudyModel
+from arms import ARMS
+from common import Batch, StudyModel
 from training import Recipe, seed_everything
 from transformer import SmallTransformer
 

@@ -9,7 +9,7 @@ import pytest
 from analysis import Settings, analyse
 from benchmarks import verdicts
 from claims import CLAIMS
-from common import adjusted_rand, effective_rank, engram_metrics, kmeans
+from clustering import adjusted_rand, effective_rank, engram_metrics, kmeans
 from inference import exchange_p
 from measures import sample_rows
 from scores import read_runs

@@ -14,8 +14,9 @@ import adapters
 import backbones
 import lora
 import pretrained as pretrained_module
+from arms import ARMS
 from batches import Encoded, encode
-from common import ARMS, Batch, StudyModel, UserError, lm_loss, mean_pool
+from common import Batch, StudyModel, UserError, lm_loss, mean_pool
 from data import Split
 from parts import parts_of
 from training import Fit, Recipe, seed_everything

@@ -8,7 +8,8 @@ import pytest
 
 import cli
 import experiment
-from common import MAIN_ARMS, UserError
+from arms import MAIN_ARMS
+from common import UserError
 from training import Interrupted, NonFiniteError
 
 

@@ -10,7 +10,7 @@ import pytest
 
 import arm_figures
 import benchmark_tables
-import common
+import clustering
 import figures
 import report
 import schema
@@ -69,7 +69,7 @@ def _run(rng, labels, arm: str, seed: int, features: dict) -> dict:
     if has_engram:
         code = np.tanh(base[:, :4]).astype(np.float16)
         features[f"{arm}/{seed}/engram"] = code
-        scores = common.engram_metrics(code, labels, predictions)
+        scores = clustering.engram_metrics(code, labels, predictions)
         fitted = {"ari": scores.ari, "cluster_accuracy": scores.cluster_accuracy}
         engram = {**vars(scores), "train_fitted": fitted}
         engram["mapping"] = {str(k): v for k, v in scores.mapping.items()}
@@ -96,7 +96,7 @@ def _run(rng, labels, arm: str, seed: int, features: dict) -> dict:
         "epochs": epochs,
         "final": {
             **final,
-            "predictions_ari": common.adjusted_rand(labels, predictions),
+            "predictions_ari": clustering.adjusted_rand(labels, predictions),
             "modes": dict.fromkeys(modes, final),
         },
         "engram": engram,
@@ -393,14 +393,9 @@ def test_interval_covers_the_mean_as_often_as_it_says():
 def test_effective_rank_of_the_spectrum_is_the_metric():
     x = np.random.default_rng(0).normal(size=(40, 12))
     shares, rank = figures._variances(x)
-    assert rank == pytest.approx(common.effective_rank(x))
+    assert rank == pytest.approx(clustering.effective_rank(x))
     assert shares.sum() == pytest.approx(1)
-    assert figures._variances(np.ones((5, 3)))[1] == 0 == common.effective_rank(np.ones((5, 3)))
-
-
-def test_titles_are_the_arms_titles():
-    wanted = {name: arm.title for name, arm in common.ARMS.items()}
-    assert {name: tables.TITLES.get(name) for name in wanted} == wanted
+    assert figures._variances(np.ones((5, 3)))[1] == 0 == clustering.effective_rank(np.ones((5, 3)))
 
 
 def test_analyse_stores_what_the_analysis_returns(checkout, monkeypatch):

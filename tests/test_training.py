@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 import parts
 import training
-from common import ARMS, UserError
+from arms import ARMS
+from common import UserError
 from training import Fit, Interrupted, NonFiniteError, Progress, Recipe
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from conftest import random_batch
 
-from common import ARMS, MAIN_ARMS, StudyModel
+from arms import ARMS, MAIN_ARMS
+from common import StudyModel
 from transformer import SmallTransformer, dropout_masks
 
 
