@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,8 +19,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from arms import Arm
 from common import Batch, UserError
-from decoder import Decoder, Frozen
-from lora import LeanLora
+from decoder import Decoder
+from lora import Frozen, LeanLora, Residents, siblings_of
 from packing import ROW_MULTIPLE, Layout, packed_attention
 from pretrained import (
     RANK,
@@ -134,28 +134,16 @@ class CausalBackbone(nn.Module):
             resident_bytes: 4-bit weights are dequantised once and kept, layer after layer, while
                 this lasts; the rest are dequantised whenever they are used.
         """
-        base = self.model.get_base_model().base_model
+        base, residents = self.model.get_base_model().base_model, Residents(resident_bytes)
         if Decoder.fits(base):
-            frozen_of = _Residents(resident_bytes)
-            self.decoder = Decoder(base, frozen_of)
-            head = frozen_of([self.model.get_base_model().get_output_embeddings()])
+            self.decoder = Decoder(base, residents)
+            head = residents([self.model.get_base_model().get_output_embeddings()])
             self.frozen_head = head if head.packed else None
             return
         for layer in self.adapted:
-            base = layer.get_base_layer()
-            if not isinstance(base, nn.Linear):
-                continue  # GPT-2's Conv1D: PEFT's own forward serves
-            weight = _weight_of(base, resident_bytes)
-            resident_bytes -= 2 * base.in_features * base.out_features
-            layer.forward = LeanLora(
-                layer.lora_A["default"].weight,
-                layer.lora_B["default"].weight,
-                weight,
-                base.bias,
-                layer.scaling["default"],
-                getattr(layer.lora_dropout["default"], "p", 0.0),
-                layer,
-            )
+            if isinstance(layer.get_base_layer(), nn.Linear):
+                layer.forward = LeanLora(siblings_of([layer], residents), layer)
+            # else GPT-2's Conv1D: PEFT's own forward serves
 
     def forward(
         self, batch: Batch, prefix: Tensor | None = None, layers: list[Tensor] | None = None
@@ -204,39 +192,6 @@ class CausalBackbone(nn.Module):
         if layers is not None:
             layers.extend(out.hidden_states[i][0, :tokens] for i in picked)
         return out.last_hidden_state[0, :tokens]
-
-
-class _Residents:
-    """Frozen weights of sibling layers, kept dequantised while the bytes last."""
-
-    def __init__(self, room: float) -> None:
-        self.room = room
-
-    def __call__(self, bases: Sequence[nn.Linear]) -> Frozen:
-        weight = bases[0].weight
-        quantised = getattr(weight, "quant_state", None) is not None
-        copies = 2 if weight.is_cpu else 1  # packed for forward and for backward
-        needed = 2 * copies * sum(base.in_features * base.out_features for base in bases)
-        keep = needed <= self.room
-        if keep:
-            self.room -= needed
-        weights = [_weight_of(base, 0.0) for base in bases]
-        # weights that are there anyway cost no room, unless joining or packing copies them
-        return Frozen(weights, [base.bias for base in bases], keep and (quantised or weight.is_cpu))
-
-
-def _weight_of(base: nn.Linear, resident_bytes: float) -> Callable[[], Tensor]:
-    if getattr(base.weight, "quant_state", None) is None:
-        return lambda: base.weight
-    import bitsandbytes
-
-    def dense() -> Tensor:
-        return bitsandbytes.functional.dequantize_4bit(base.weight.data, base.weight.quant_state)
-
-    if resident_bytes < 2 * base.in_features * base.out_features:
-        return dense
-    kept = dense()
-    return lambda: kept
 
 
 @dataclass(frozen=True)

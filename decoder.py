@@ -1,13 +1,12 @@
 """Decoder layers of the Llama family with LoRA, forward and backward written out.
 
-What the library spreads over some 150 operators and as many nodes of the autograd graph a layer is
-done here in about 40, in one node: sibling projections share one product with the frozen weights,
+A layer is one node of the graph: sibling projections share one product with the frozen weights,
 masks of a whole layer come from one draw, and rows are padded once, for attention.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,126 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lora import keep_mask, masked
-from packing import Layout
+from lora import Residents, Siblings, keep_mask, new_seed, siblings_of
+from packing import Layout, spread
 
 FAMILY = ("llama", "qwen2")  # model types whose layers compute exactly what is written here
-
-
-class Frozen:
-    """Weights of sibling linear layers that never change: x -> x W' + b, and g -> g W.
-
-    In bfloat16 on a CPU both forms are packed once for its matrix kernels, which would otherwise
-    pack them again for every product; `weights` that are kept dense are joined; others are rebuilt
-    from 4 bits whenever they are used.
-
-    Args:
-        weights: each gives a (out, in) matrix in the compute type.
-        biases: (out,) or None, one per weight.
-        keep: whether there is room to hold them.
-    """
-
-    def __init__(
-        self, weights: Sequence[Callable[[], Tensor]], biases: Sequence[Tensor | None], keep: bool
-    ) -> None:
-        self.weights, self.bias, self.packed = list(weights), None, None
-        if any(bias is not None for bias in biases):
-            pairs = zip(weights, biases, strict=True)
-            self.bias = torch.cat([w().new_zeros(len(w())) if b is None else b for w, b in pairs])
-        if not keep:
-            return
-        whole = torch.cat([weight() for weight in weights]) if len(weights) > 1 else weights[0]()
-        if whole.is_cpu and whole.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():
-            pack = torch.ops.mkldnn._reorder_linear_weight
-            self.packed = pack(whole), pack(whole.t().contiguous())
-        else:
-            self.weights = [lambda: whole]
-
-    def _product(self, x: Tensor, back: bool) -> Tensor:
-        bias = None if back or self.bias is None else self.bias.to(x.dtype)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed[back], bias, "none", [], "")
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, in) -> (N, sum of outs)."""
-        if self.packed:
-            return self._product(x, False)
-        outs = [x @ weight().T for weight in self.weights]
-        out = torch.cat(outs, 1) if len(outs) > 1 else outs[0]
-        return out if self.bias is None else out.add_(self.bias.to(x.dtype))
-
-    def backward(self, grad: Tensor) -> Tensor:
-        """(N, sum of outs) -> (N, in)."""
-        if self.packed:
-            return self._product(grad.contiguous(), True)
-        total, start = None, 0
-        for weight in self.weights:
-            matrix = weight()
-            part = grad[:, start : start + len(matrix)]
-            start += len(matrix)
-            total = part @ matrix if total is None else total.addmm_(part, matrix)
-        return total
-
-
-@dataclass
-class Siblings:
-    """Projections of one input: frozen weights and the LoRA pairs of those that have one.
-
-    Args:
-        frozen: all of them, in order. outs: (out,) sizes in that order.
-        adapters: (index, A (r, in), B (out, r)) of each adapted one.
-        gain: lora_alpha / r. rate: LoRA dropout, a mask of its own for each.
-    """
-
-    frozen: Frozen
-    outs: list[int]
-    adapters: list[tuple[int, Tensor, Tensor]]
-    gain: float
-    rate: float
-
-    def forward(self, x: Tensor, masks: Sequence[Tensor | None]) -> tuple[Tensor, tuple]:
-        """(N, in) -> (N, sum of outs), and what `backward` needs; masks: (N, in), one an adapter.
-
-        out = x W' + b + sum_i gain (mask_i x) A_i' B_i' at the columns of projection i.
-        """
-        out = self.frozen.forward(x)
-        if not self.adapters:
-            return out, ()
-        # dropout's 1 / (1 - rate) belongs here: in a bfloat16 mask it would be rounded
-        gain = self.gain if masks[0] is None else self.gain / (1 - self.rate)
-        downs = [a.detach().to(x.dtype) for _, a, _ in self.adapters]
-        pairs = zip(masks, downs, strict=True)
-        inner = torch.cat([masked(x, mask) @ down.T for mask, down in pairs], 1)
-        up = x.new_zeros(sum(self.outs), inner.shape[1])
-        for rows, columns, (_, _, b) in zip(*self._blocks(), self.adapters, strict=True):
-            torch.mul(b.detach(), gain, out=up[rows, columns])
-        out.addmm_(inner, up.T)
-        return out, (x, downs, inner, up, gain)
-
-    def backward(
-        self, grad: Tensor, saved: tuple, masks: Sequence[Tensor | None]
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Gradients of the input (N, in) and of A, B, A, B, .. in float32."""
-        d_x, found = self.frozen.backward(grad), []
-        if not self.adapters:
-            return d_x, found
-        x, downs, inner, up, gain = saved
-        d_inner = grad @ up
-        d_up = grad.T @ inner
-        for i, (rows, columns) in enumerate(zip(*self._blocks(), strict=True)):
-            part = d_inner[:, columns]
-            d_down = part.T @ masked(x, masks[i])
-            found += [d_down.float(), d_up[rows, columns].float().mul_(gain)]
-            d_x += masked(part @ downs[i], masks[i])
-        return d_x, found
-
-    def _blocks(self) -> tuple[list[slice], list[slice]]:
-        starts = [sum(self.outs[:i]) for i in range(len(self.outs))]
-        rows, columns, at = [], [], 0
-        for index, a, _ in self.adapters:
-            rows.append(slice(starts[index], starts[index] + self.outs[index]))
-            columns.append(slice(at, at + len(a)))
-            at += len(a)
-        return rows, columns
 
 
 @dataclass(frozen=True)
@@ -239,10 +122,8 @@ class _Attention:
     @staticmethod
     def _blocks(rows: Tensor, layout: Layout) -> list[Tensor]:
         """(texts, heads, length, d) of each group."""
-        shapes = layout.groups.shapes
-        parts = rows.split([texts * length for texts, length in shapes])
-        pairs = zip(parts, shapes, strict=True)
-        return [part.unflatten(0, shape).transpose(1, 2) for part, shape in pairs]
+        blocks = layout.groups.split(rows.flatten(1), rows.shape[1])
+        return [block.transpose(1, 2) for block in blocks]
 
 
 @dataclass
@@ -252,7 +133,7 @@ class Layer:
     Args:
         norm1, norm2: before attention and before the feed-forward part.
         qkv, o, gate_up, down: the projections.
-        heads, key_heads, scale: of attention.
+        attention: its kernel, heads and scale.
         module: for its train or eval mode.
     """
 
@@ -271,7 +152,7 @@ class Layer:
 
     def parameters(self) -> list[Tensor]:
         """A, B, A, B, .. in the order of `groups`."""
-        return [p for group in self.groups for _, *pair in group.adapters for p in pair]
+        return [p for group in self.groups for p in group.parameters()]
 
     def masks(self, rows: int, like: Tensor, seed: int | None) -> list[list[Tensor | None]]:
         """Dropout masks of every adapter, group by group, from one draw."""
@@ -327,21 +208,16 @@ class Layer:
         d_seen, found_o = self.o.backward(d_middle, saved_o, masks[1])
         wide = torch.float32 if x.is_cpu else x.dtype
         d_rows = self.attention.backward(
-            _spread(d_seen, layout.to_places).to(wide).unflatten(1, (self.attention.heads, -1)),
+            spread(d_seen, layout.to_places).to(wide).unflatten(1, (self.attention.heads, -1)),
             layout,
             saved_seen,
         )
         turned = self.attention.heads + self.attention.key_heads
         d_rows[:, :turned] = turn(d_rows[:, :turned], back=True)
-        d_qkv = _spread(d_rows.flatten(1).to(x.dtype), layout.from_places)
+        d_qkv = spread(d_rows.flatten(1).to(x.dtype), layout.from_places)
         d_normed, found_qkv = self.qkv.backward(d_qkv, saved_qkv, masks[0])
         d_x = self.norm1.backward(d_normed, x, scale1).add_(d_middle)
         return d_x, [*found_qkv, *found_o, *found_both, *found_down]
-
-
-def _spread(rows: Tensor, index: Tensor) -> Tensor:
-    """rows[index], zero where index is one past the end."""
-    return F.pad(rows, (0, 0, 0, 1)).index_select(0, index)
 
 
 class _Run(torch.autograd.Function):
@@ -371,16 +247,16 @@ class Decoder:
 
     Args:
         base: the library's model without its head, LoRA layers in place.
-        frozen_of: makes the Frozen of sibling linear layers.
+        residents: makes the frozen products of sibling linear layers.
     """
 
-    def __init__(self, base: nn.Module, frozen_of: Callable[[Sequence[nn.Module]], Frozen]) -> None:
+    def __init__(self, base: nn.Module, residents: Residents) -> None:
         self.base = base
-        self.layers = [_layer(module, frozen_of) for module in base.layers]
+        self.layers = [_layer(module, residents) for module in base.layers]
 
     @staticmethod
     def fits(base: nn.Module) -> bool:
-        """Whether the layers are of the family, without windows or a third kind of LoRA."""
+        """Whether the layers compute what is written here, without windows or dropout."""
         config = base.config
         return (
             config.model_type in FAMILY
@@ -412,7 +288,7 @@ class Decoder:
         for layer in self.layers:
             seed = None
             if layer.module.training and layer.qkv.rate and layer.parameters():
-                seed = int(torch.randint(2**62, ()))  # of the CPU's generator: no wait for the GPU
+                seed = new_seed()
             x = _Run.apply(x, layer, layout, turn, seed, recompute, *layer.parameters())
             if picked:
                 states.append(x)
@@ -422,17 +298,17 @@ class Decoder:
         return out, [states[i] for i in picked]
 
 
-def _layer(module: nn.Module, frozen_of: Callable[[Sequence[nn.Module]], Frozen]) -> Layer:
+def _layer(module: nn.Module, residents: Residents) -> Layer:
     attention, mlp = module.self_attn, module.mlp
     heads = attention.q_proj.out_features // attention.head_dim
     key_heads = attention.k_proj.out_features // attention.head_dim
     return Layer(
         norm1=_norm(module.input_layernorm),
-        qkv=_siblings([attention.q_proj, attention.k_proj, attention.v_proj], frozen_of),
-        o=_siblings([attention.o_proj], frozen_of),
+        qkv=siblings_of([attention.q_proj, attention.k_proj, attention.v_proj], residents),
+        o=siblings_of([attention.o_proj], residents),
         norm2=_norm(module.post_attention_layernorm),
-        gate_up=_siblings([mlp.gate_proj, mlp.up_proj], frozen_of),
-        down=_siblings([mlp.down_proj], frozen_of),
+        gate_up=siblings_of([mlp.gate_proj, mlp.up_proj], residents),
+        down=siblings_of([mlp.down_proj], residents),
         attention=_Attention(heads, key_heads, attention.scaling),
         module=module,
     )
@@ -440,17 +316,3 @@ def _layer(module: nn.Module, frozen_of: Callable[[Sequence[nn.Module]], Frozen]
 
 def _norm(module: nn.Module) -> Norm:
     return Norm(module.weight, module.variance_epsilon)
-
-
-def _siblings(
-    modules: Sequence[nn.Module], frozen_of: Callable[[Sequence[nn.Module]], Frozen]
-) -> Siblings:
-    adapted = [(i, m) for i, m in enumerate(modules) if hasattr(m, "lora_A")]
-    first = adapted[0][1] if adapted else None
-    return Siblings(
-        frozen=frozen_of([m.get_base_layer() if hasattr(m, "lora_A") else m for m in modules]),
-        outs=[m.out_features for m in modules],
-        adapters=[(i, m.lora_A["default"].weight, m.lora_B["default"].weight) for i, m in adapted],
-        gain=first.scaling["default"] if first else 1.0,
-        rate=getattr(first.lora_dropout["default"], "p", 0.0) if first else 0.0,
-    )

@@ -16,6 +16,11 @@ ROW_MULTIPLE = 64  # CPU kernels are compiled per shape: whole multiples of rows
 GROUPS = 3  # rectangles that attention is laid out in
 
 
+def spread(rows: Tensor, index: Tensor) -> Tensor:
+    """rows[index], zero where index is one past the end."""
+    return F.pad(rows, (0, 0) * (rows.dim() - 1) + (0, 1)).index_select(0, index)
+
+
 class _Take(torch.autograd.Function):
     """rows of x, where the gradient flows back through another index instead of by addition.
 
@@ -30,7 +35,7 @@ class _Take(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_out):
         (back,) = ctx.saved_tensors
-        return F.pad(d_out, (0, 0) * (d_out.dim() - 1) + (0, 1)).index_select(0, back), None, None
+        return spread(d_out, back), None, None
 
 
 @dataclass(frozen=True)

@@ -73,10 +73,9 @@ def one_by_one(backbone, batch, prefix=None):
 
 def without_dropout(backbone):
     layers = backbone.decoder.layers if backbone.decoder else []
-    for lean in [g for layer in layers for g in layer.groups] + [
-        layer.forward for layer in backbone.adapted if isinstance(layer.forward, lora.LeanLora)
-    ]:
-        lean.rate = 0.0
+    lean = [layer.forward for layer in backbone.adapted if isinstance(layer.forward, lora.LeanLora)]
+    for siblings in [g for layer in layers for g in layer.groups] + [x.siblings for x in lean]:
+        siblings.rate = 0.0
 
 
 def gradients(backbone):
@@ -222,7 +221,8 @@ def test_dropout_drops_at_its_rate_and_its_gradient_is_that_of_the_equation():
     weight, a, b = torch.randn(16, 24), torch.randn(4, 24), torch.randn(16, 4)
     a, b, bias = a.requires_grad_(), b.requires_grad_(), torch.randn(16)
     module = torch.nn.Module().train()
-    layer = lora.LeanLora(a, b, lambda: weight, bias, 2.0, 0.3, module)
+    frozen = lora.Frozen([lambda: weight], [bias], keep=False)
+    layer = lora.LeanLora(lora.Siblings(frozen, [16], [(0, a, b)], 2.0, 0.3), module)
     torch.manual_seed(1)
     out = layer(x)
     torch.manual_seed(1)
