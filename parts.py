@@ -34,6 +34,27 @@ class Losses:
         return Losses(self.cls.detach(), self.texts, self.lm.detach(), self.targets, self.correct)
 
 
+@dataclass
+class Totals:
+    """What an epoch has seen so far; saved with a checkpoint."""
+
+    cls: float = 0.0
+    lm: float = 0.0
+    correct: int = 0
+    texts: int = 0
+    targets: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def add(self, losses: Losses, tokens: int) -> None:
+        self.cls += float(losses.cls.detach())
+        self.lm += float(losses.lm.detach())
+        self.correct += int(losses.correct)
+        self.texts += losses.texts
+        self.targets += losses.targets
+        self.tokens += tokens
+
+
 @dataclass(frozen=True)
 class Part:
     """Texts run together: `first` with a zero engram, then `second` with engrams of `first`.

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
-import multiprocessing
-import os
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,16 +21,10 @@ from cli import FREE, StopSignals, StudyConfig
 from clustering import adjusted_rand, cluster_accuracy, engram_metrics, kmeans, nearest_centroid
 from common import StudyModel, UserError
 from data import Dataset
+from evaluation import Evaluation, evaluate_modes
 from results import ResultsFolder, commit, provenance
-from training import (
-    Evaluation,
-    Fit,
-    Interrupted,
-    Recipe,
-    derive_seed,
-    evaluate_modes,
-    seed_everything,
-)
+from training import Fit, Recipe, derive_seed, seed_everything
+from workers import Trained, finished
 
 SCHEMA_VERSION = 1
 FEATURES = ("pooled", "intermediate", "engram", "logits", "layers")
@@ -117,7 +105,6 @@ def run_study(study: Study, out: Path, seeds: list[int], stop: StopSignals) -> P
         The results folder.
     """
     config = study.config
-    stop.after(config.stop_after)
     identity = identity_of(study)
     defaults = identity_defaults(config)
     restart = config.restart or not config.resume
@@ -143,66 +130,12 @@ def run_study(study: Study, out: Path, seeds: list[int], stop: StopSignals) -> P
         def train(seed: int, name: str) -> Trained:
             return train_one(study, folder, arm_for(config, name), seed, stop)
 
-        for (seed, name), (row, features) in finished(train, todo, config.jobs, stop):
+        for (seed, name), (row, features) in finished(train, todo, config, stop):
             folder.results["provenance"]["wall_seconds"] = before + time.monotonic() - started
             folder.add(name, seed, row, features)
             folder.log(_summary(name, seed, row))
         _analyse_and_draw(folder)
     return out
-
-
-Task = tuple[int, str]
-Trained = tuple[dict[str, Any], dict[str, np.ndarray]]
-_shared: dict[str, Any] = {}  # what forked workers inherit
-
-
-def finished(
-    train: Callable[[int, str], Trained], todo: list[Task], jobs: int, stop: StopSignals
-) -> Iterator[tuple[Task, Trained]]:
-    """Train the (seed, arm) of `todo`, here or in `jobs` processes, each as it is done.
-
-    Raises:
-        Interrupted: after a signal, once every worker has saved.
-    """
-    jobs = min(jobs, len(todo))
-    if jobs <= 1:
-        for seed, name in todo:
-            yield (seed, name), train(seed, name)
-        return
-    _shared["train"] = train
-    context = multiprocessing.get_context("fork")  # the data is inherited, not sent
-    with ProcessPoolExecutor(jobs, context, initializer=_start_worker) as pool:
-        running = {pool.submit(_work, *task): task for task in todo}
-        interrupted, told = None, False
-        while running:
-            done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-            for future in done:
-                task = running.pop(future)
-                try:
-                    result = future.result()
-                except Interrupted as error:
-                    interrupted = error
-                else:
-                    yield task, result
-            if stop.due and not told:
-                interrupted, told = interrupted or Interrupted(stop.due), True
-                running = {f: task for f, task in running.items() if not f.cancel()}
-                for child in multiprocessing.active_children():
-                    os.kill(child.pid, signal.SIGTERM)
-        if interrupted is not None:
-            raise Interrupted(interrupted.reason)
-
-
-def _start_worker() -> None:
-    """The parent alone answers Ctrl-C; a worker never outlives it, and lets go of the lock."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-
-
-def _work(seed: int, name: str) -> Trained:
-    return _shared["train"](seed, name)
 
 
 def write_header(study: Study, folder: ResultsFolder) -> None:

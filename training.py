@@ -1,4 +1,4 @@
-"""Seeds, the step, fit and evaluate; knows no backbone by name."""
+"""Seeds, the recipe, the step and the fit; knows no backbone by name."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from batches import Encoded, batch_order, eval_order
-from common import Batch, StudyModel, UserError, mean_pool
+from batches import Encoded, batch_order
+from common import Batch, StudyModel, UserError
+from evaluation import Evaluation, evaluate
 from memory import (
     ADVICE,
     OutOfMemory,
@@ -23,10 +24,9 @@ from memory import (
     release,
     restore_generator,
 )
-from parts import Losses, batch_losses, parts_of, run_part, weighted_loss
+from parts import Losses, Totals, batch_losses, parts_of, run_part, weighted_loss
 
 UNREAD_STEPS = 20  # steps whose figures may wait on a GPU
-EVAL_MODES = ("zero", "own", "shuffled", "mean", "no_prefix")
 
 
 class NonFiniteError(RuntimeError):
@@ -100,139 +100,6 @@ def prepare_cpu(threads: int | None, jobs: int = 1, deterministic: bool = False)
 def seed_everything(seed: int, purpose: str) -> None:
     """Seed torch's generators (all devices); nothing else here draws from a global generator."""
     torch.manual_seed(derive_seed(seed, purpose))
-
-
-@dataclass
-class Totals:
-    """What an epoch has seen so far; saved with a checkpoint."""
-
-    cls: float = 0.0
-    lm: float = 0.0
-    correct: int = 0
-    texts: int = 0
-    targets: int = 0
-    tokens: int = 0
-    seconds: float = 0.0
-
-    def add(self, losses: Losses, tokens: int) -> None:
-        self.cls += float(losses.cls.detach())
-        self.lm += float(losses.lm.detach())
-        self.correct += int(losses.correct)
-        self.texts += losses.texts
-        self.targets += losses.targets
-        self.tokens += tokens
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """accuracy in 0..1, cls_loss in nats per text, lm_loss in nats per target token or None.
-
-    `eval_tokens` is the bound on a batch that held: the recipe's, or less where memory ran out.
-    """
-
-    accuracy: float
-    cls_loss: float
-    lm_loss: float | None
-    eval_tokens: int
-    features: dict[str, np.ndarray] | None = None
-
-    def scores(self) -> dict[str, float | None]:
-        return {"accuracy": self.accuracy, "cls_loss": self.cls_loss, "lm_loss": self.lm_loss}
-
-
-@torch.no_grad()
-def evaluate(
-    model: StudyModel,
-    data: Encoded,
-    recipe: Recipe,
-    engrams: Tensor | None = None,
-    prefix: bool = True,
-    collect: tuple[str, ...] = (),
-    check_stop: Callable[[], None] = lambda: None,
-) -> Evaluation:
-    """Score a split without gradients, in the backbone's own type, by length-sorted batches.
-
-    Args:
-        model: any arm's model.
-        data: the split, N texts.
-        recipe: eval_tokens bounds a batch.
-        engrams: (N, E) prefixes, one per text; None: the zero engram (headline, as published).
-        prefix: False leaves the prefix position out (an arm with a prefix only).
-        collect: names among pooled, intermediate, engram, logits, layers to return as features, in
-            the split's order.
-        check_stop: called between batches; may raise Interrupted.
-    Returns:
-        Evaluation; features[name] is (N, ...) float32, layers (N, layers + 1, H).
-    """
-    model.eval()
-    totals, parts, order = Totals(), {name: [] for name in collect}, []
-    device = next(model.parameters()).device
-
-    def score(items: np.ndarray) -> tuple[Losses, int, dict[str, np.ndarray]]:
-        batch = data.batch(items).to(device)
-        own = model.zero_engram(batch) if engrams is None else engrams[batch.items]
-        layers: list[Tensor] | None = [] if "layers" in collect else None
-        out = model(batch, own if prefix else None, layers)
-        dtype = model.backbone.unembedding.dtype
-        losses = batch_losses(model, [(batch, out)], recipe, dtype)
-        found = {name: getattr(out, name, None) for name in collect}
-        if layers is not None:
-            found["layers"] = torch.stack([mean_pool(layer, batch) for layer in layers], 1)
-        arrays = {k: v.float().cpu().numpy() for k, v in found.items() if v is not None}
-        return losses, len(batch.tokens), arrays
-
-    limit = recipe.eval_tokens
-    waiting = list(eval_order(data.lengths, limit))
-    while waiting:
-        check_stop()
-        items, scored = waiting[0], None
-        try:
-            scored = score(items)
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-        if scored is None:
-            if len(items) == 1:
-                raise OutOfMemory(f"evaluating a text of {data.lengths[items[0]]} tokens: {ADVICE}")
-            release()
-            limit = max(1, int(data.lengths[items].sum()) // 2)
-            left = np.concatenate(waiting)
-            waiting = [left[part] for part in eval_order(data.lengths[left], limit)]
-            continue
-        losses, tokens, arrays = scored
-        totals.add(losses, tokens)
-        order.append(waiting.pop(0))
-        for name, array in arrays.items():
-            parts[name].append(array)
-    back = np.argsort(np.concatenate(order))
-    features = {name: np.concatenate(rows)[back] for name, rows in parts.items() if rows}
-    return Evaluation(
-        accuracy=totals.correct / totals.texts,
-        cls_loss=totals.cls / totals.texts,
-        lm_loss=totals.lm / totals.targets if totals.targets else None,
-        eval_tokens=limit,
-        features=features or None,
-    )
-
-
-def evaluate_modes(
-    model: StudyModel, data: Encoded, recipe: Recipe, zero: Evaluation, seed: int
-) -> dict[str, dict[str, float | None]]:
-    """Score an arm with a prefix under every engram of EVAL_MODES (control A9).
-
-    Args:
-        zero: the evaluation under the zero engram, with its engrams collected.
-        seed: of the permutation of the shuffled mode.
-    """
-    device = next(model.parameters()).device
-    own = torch.from_numpy(zero.features["engram"]).to(device)
-    shuffled = own[torch.from_numpy(np.random.default_rng(seed).permutation(len(own)))]
-    mean = own.mean(0, keepdim=True).expand_as(own)
-    scores = {"zero": zero.scores()}
-    for name, engrams in (("own", own), ("shuffled", shuffled), ("mean", mean)):
-        scores[name] = evaluate(model, data, recipe, engrams).scores()
-    scores["no_prefix"] = evaluate(model, data, recipe, prefix=False).scores()
-    return scores
 
 
 @dataclass

@@ -28,19 +28,19 @@ import pairs
 from results import ResultsFolder
 from study import (
     Study,
-    Trained,
     arm_for,
     departures,
     draw_figures,
-    finished,
     identity_defaults,
     identity_of,
     train_one,
     write_header,
 )
 from training import prepare_cpu
+from workers import Trained, finished
 
 RESULTS = experiment.RESULTS / "two-labels"
+SMOKE = experiment.RESULTS / "smoke" / "two-labels"
 SEEDS = [0, 1, 2]
 ARMS = ["classification_engram", "dual_engram", "lm_only_engram", "untrained"]
 FOREIGN = ("data", "text_column", "label_column", "labels", "label_offset")
@@ -132,6 +132,8 @@ def analyse(folder: ResultsFolder, smoke: bool) -> None:
 
 def main(argv: Sequence[str], stop: cli.StopSignals) -> None:
     config = cli.parse(Config, argv, __doc__)
+    out = Path(config.out or (SMOKE if config.smoke else RESULTS))
+    cli.require_writable(out)
     # a run of seconds gains nothing from threads, and loses much to them on a busy machine
     prepare_cpu(config.threads or (1 if config.smoke else None), config.jobs, config.deterministic)
     check(config)
@@ -139,7 +141,6 @@ def main(argv: Sequence[str], stop: cli.StopSignals) -> None:
     joint = load_pairs(config)
     studies = studies_of(config, joint)
     first = studies[pairs.TASKS[0]]
-    out = Path(config.out) if config.out else RESULTS
     identity = identity_of(first) | {"data_sha256": joint.sha256}
     restart = config.restart or not config.resume
     seeds = config.seeds or SEEDS
@@ -163,7 +164,7 @@ def main(argv: Sequence[str], stop: cli.StopSignals) -> None:
             arm = replace(arm_for(config, name), name=condition)
             return train_one(studies[task], folder, arm, seed, stop)
 
-        for (seed, condition), (row, features) in finished(train, todo, config.jobs, stop):
+        for (seed, condition), (row, features) in finished(train, todo, config, stop):
             features.pop("layers")  # no control here looks at them, and they are most of the file
             folder.results["provenance"]["wall_seconds"] = before + time.monotonic() - started
             folder.add(condition, seed, row, features)

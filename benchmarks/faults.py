@@ -40,6 +40,7 @@ from safetensors.numpy import load as load_safetensors
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import cli
+import evaluation
 import experiment
 import study
 import training
@@ -218,17 +219,18 @@ def not_finite(folder: Path, rng: random.Random) -> None:
 def out_of_memory(folder: Path, rng: random.Random) -> None:
     """Some passes run out of memory, in training or evaluation; the run itself goes on."""
     failing = set(rng.sample(range(100), 3))
-    name = rng.choice(("run_part", "weighted_loss", "batch_losses"))
+    places = (training, "run_part"), (training, "weighted_loss"), (evaluation, "batch_losses")
+    module, name = rng.choice(places)
 
     def before() -> None:
-        real, count = getattr(training, name), iter(range(10**6))
+        real, count = getattr(module, name), iter(range(10**6))
 
         def fail(*args):
             if next(count) in failing:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return real(*args)
 
-        setattr(training, name, fail)
+        setattr(module, name, fail)
 
     assert finish(folder, before=before) == 0, said(folder)
 

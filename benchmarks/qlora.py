@@ -37,8 +37,9 @@ import data
 from arms import ARMS, MAIN_ARMS
 from common import ClassificationHead, StudyModel
 from files import write_json
+from parts import Totals
 from results import provenance
-from training import Fit, Recipe, Totals, derive_seed, prepare_cpu, seed_everything
+from training import Fit, Recipe, derive_seed, prepare_cpu, seed_everything
 
 BATCH = 16
 Run = Callable[[int, int], tuple[float, float | None]]  # steps -> loss, seconds by its own clock

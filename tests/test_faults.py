@@ -21,6 +21,7 @@ from safetensors.torch import save as save_safetensors
 
 import checkpoints
 import cli
+import evaluation
 import experiment
 import experiment_7b
 import files
@@ -274,14 +275,14 @@ def test_parts_of_one_text_or_pair_that_do_not_fit_stop_with_advice(
 def test_evaluation_goes_on_in_smaller_batches(corpus, make_model, recipe, monkeypatch):
     fit = Fit(make_model("dual_engram"), recipe, *corpus[:2], 0)
     plain = fit.evaluate(corpus[1], collect=("engram", "layers"))
-    fail_on(monkeypatch, training, "batch_losses", (0, 1))
+    fail_on(monkeypatch, evaluation, "batch_losses", (0, 1))
     fewer = fit.evaluate(corpus[1], collect=("engram", "layers"))
     assert fewer.eval_tokens < plain.eval_tokens / 2
     assert fit.recipe.eval_tokens == fewer.eval_tokens
     assert fewer.cls_loss == pytest.approx(plain.cls_loss, abs=1e-6)
     for key, value in plain.features.items():
         assert np.allclose(fewer.features[key], value, atol=1e-5)
-    fail_on(monkeypatch, training, "batch_losses", range(10**6))
+    fail_on(monkeypatch, evaluation, "batch_losses", range(10**6))
     with pytest.raises(memory.OutOfMemory):
         fit.evaluate(corpus[1])
 

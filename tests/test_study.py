@@ -8,7 +8,6 @@ import signal
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -16,6 +15,7 @@ import checkpoints
 import cli
 import experiment
 import study
+from benchmarks.faults import outcome_of
 from checkpoints import CheckpointStore
 from common import UserError
 from files import write_atomic
@@ -53,27 +53,11 @@ def finish(folder, *extra):
     return child.exitcode
 
 
-def timeless(folder):
-    """results.json's rows without timings, features, and the last weights: what must be equal."""
-    rows = json.loads((folder / "results.json").read_text())["rows"]
-    for seeds in rows.values():
-        for row in seeds.values():
-            for epoch in row["epochs"]:
-                del epoch["train_seconds"]
-    with np.load(folder / "features.npz") as arrays:
-        features = {name: arrays[name].tobytes() for name in arrays.files}
-    weights = {
-        path.parent.name: max(path.parent.glob("*.safetensors")).read_bytes()
-        for path in folder.glob("checkpoints/*/*.safetensors")
-    }
-    return rows, features, weights
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     assert finish(folder) == 0
-    return timeless(folder)
+    return outcome_of(folder)
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -87,7 +71,7 @@ def test_sigkill_at_random_moments_then_rerun_gives_identical_bytes(whole, tmp_p
         child.join()
         assert child.exitcode in (0, -signal.SIGKILL)
     assert finish(tmp_path) == 0
-    assert timeless(tmp_path) == whole
+    assert outcome_of(tmp_path) == whole
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -101,12 +85,12 @@ def test_a_signal_saves_and_a_rerun_goes_on(whole, tmp_path, capfd, number, code
     assert "saved at step" in capfd.readouterr().err
     assert list(tmp_path.glob("checkpoints/*/*.json"))
     assert finish(tmp_path) == 0
-    assert timeless(tmp_path) == whole
+    assert outcome_of(tmp_path) == whole
 
 
 def test_jobs_side_by_side_give_the_same_bytes(whole, tmp_path):
     assert finish(tmp_path, "--jobs", "3") == 0
-    assert timeless(tmp_path) == whole
+    assert outcome_of(tmp_path) == whole
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
@@ -120,7 +104,7 @@ def test_jobs_survive_signals(whole, tmp_path, number):
     assert child.exitcode == {15: 143, 2: 130, 9: -9}[number]
     time.sleep(0.2)  # the kernel ends the workers of a killed parent
     assert finish(tmp_path, "--jobs", "2") == 0
-    assert timeless(tmp_path) == whole
+    assert outcome_of(tmp_path) == whole
 
 
 def test_finished_arms_are_kept_and_new_ones_added(whole, tmp_path):
@@ -129,7 +113,7 @@ def test_finished_arms_are_kept_and_new_ones_added(whole, tmp_path):
     assert finish(tmp_path) == 0
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert rows["dual_engram"]["0"] == made  # timings too: it was not trained again
-    assert timeless(tmp_path)[0] == whole[0]  # nor does an arm depend on what ran before it
+    assert outcome_of(tmp_path)[0] == whole[0]  # nor does an arm depend on what ran before it
 
 
 def test_another_configuration_is_refused_and_nothing_lost(tmp_path, capfd):

@@ -176,34 +176,6 @@ def test_a_non_finite_step_is_not_taken(corpus, make_model, recipe, monkeypatch,
     assert same(before, weights(fit))
 
 
-def test_evaluation_does_not_depend_on_its_batches_and_keeps_order(corpus, make_model, recipe):
-    model = make_model("dual_engram")
-    evaluation = corpus[1]
-    large = training.evaluate(model, evaluation, recipe, collect=("pooled", "engram", "layers"))
-    small = training.evaluate(
-        model, evaluation, dataclasses.replace(recipe, eval_tokens=30), collect=("pooled", "engram")
-    )
-    assert large.cls_loss == pytest.approx(small.cls_loss, abs=1e-5)
-    assert large.lm_loss == pytest.approx(small.lm_loss, abs=1e-5)
-    assert np.allclose(large.features["pooled"], small.features["pooled"], atol=1e-5)
-    model.eval()
-    one = evaluation.batch(np.array([17]))
-    alone = model(one, model.zero_engram(one)).engram.detach().numpy()
-    assert np.allclose(large.features["engram"][17], alone[0], atol=1e-5)
-    assert large.features["layers"].shape == (len(evaluation), 3, 32)
-
-
-def test_evaluation_modes_differ_where_the_engram_matters(corpus, make_model, recipe):
-    model = make_model("dual_engram")
-    with torch.no_grad():
-        model.projector.linear.weight.mul_(20)
-    zero = training.evaluate(model, corpus[1], recipe, collect=("engram",))
-    modes = training.evaluate_modes(model, corpus[1], recipe, zero, 0)
-    assert tuple(modes) == training.EVAL_MODES
-    assert modes["zero"] == zero.scores()
-    assert len({m["cls_loss"] for m in modes.values()}) == 5
-
-
 def test_fewer_rows_than_a_batch_is_a_users_mistake(corpus, make_model, recipe):
     few = corpus[0].select(np.arange(5))
     with pytest.raises(UserError, match="5 training rows < batch 32"):
