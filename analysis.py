@@ -7,7 +7,6 @@ of claims.py. The same arrays give the same numbers.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ import measures
 from claims import Evidence, verdicts
 from clustering import adjusted_rand, cluster_accuracy, cosine_gap, kmeans
 from contrasts import CONTRASTS, against_published, evaluate
+from files import plain
 from inference import (
     adjust,
     ari_statistic,
@@ -141,7 +141,7 @@ def analyse(
         "contrasts": contrasts,
         "claims": verdicts(evidence),
     }
-    return _plain(out)
+    return plain(out)
 
 
 def _score(run: Run, labels, scores: Scores, settings: Settings) -> None:
@@ -373,16 +373,3 @@ def _band_row(arm: str, banded: Mapping[int, dict], settings: Settings) -> dict:
         "restarts": settings.band_restarts,
         "seeds": seeds,
     }
-
-
-def _plain(value):
-    """JSON values: numpy scalars become numbers, keys text, and what is not finite null."""
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+import numpy as np
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -68,3 +71,16 @@ def _write_atomic(path: Path, content: bytes | Callable[[Path], None]) -> None:
 def write_json(path: Path, value: object) -> None:
     """Write strict JSON (no NaN) atomically."""
     write_atomic(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
+
+def plain(value: object) -> object:
+    """JSON values: numpy scalars become numbers, keys text, and what is not finite null."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -172,7 +172,7 @@ def from_gguf(path: Path) -> Path:
         loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16, **extra)
     except ImportError:
         raise UserError(f"reading {path.name} needs the package gguf: pip install gguf") from None
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # a damaged file fails anywhere in the reader: struct, index, memory
         raise UserError(f"{path}: not a readable GGUF model ({first_line(error)}).") from None
     config = loaded.config
     if hasattr(config, "quantization_config"):

@@ -22,6 +22,7 @@ from clustering import adjusted_rand, cluster_accuracy, engram_metrics, kmeans, 
 from common import StudyModel, UserError
 from data import Dataset
 from evaluation import Evaluation, evaluate_modes
+from files import plain
 from results import ResultsFolder, commit, provenance
 from training import Fit, Recipe, derive_seed, seed_everything
 from workers import Trained, finished
@@ -269,7 +270,9 @@ def _row(
         classes = len(study.dataset.class_names)
         features["train_centroids"] = kmeans(train, classes, seed).centroids.astype(np.float32)
         assigned = nearest_centroid(features["engram"], features["train_centroids"])
-        row["engram"] = asdict(engram_metrics(features["engram"], labels, predictions, seed)) | {
+        scores = engram_metrics(features["engram"], labels, predictions, seed)
+        # null where it has no value: a class without a pair of items has no cosine
+        row["engram"] = plain(asdict(scores)) | {
             "train_fitted": {
                 "ari": adjusted_rand(labels, assigned),
                 "cluster_accuracy": cluster_accuracy(labels, assigned).accuracy,

@@ -100,3 +100,21 @@ def test_own_texts_train_and_land_in_a_folder_of_their_own(tmp_path, monkeypatch
     assert made.parent.name == results["dataset"]["slug"] != "sst2"
     assert results["dataset"]["classes"] == ["neg", "pos"]
     assert results["rows"]["dual_engram"]["0"]["parameters_trainable"] > 0
+
+
+@pytest.mark.parametrize("rows", [(0, 0, 1), (0, 1)])
+def test_an_evaluation_of_a_few_rows_runs_and_says_what_has_no_value(tmp_path, capsys, rows):
+    """A class with one row has no pair of items; two rows are as many as there are clusters."""
+    for name, labels in (("train", [0, 1] * 40), ("validation", rows)):
+        lines = [f"{name} {'good' if c else 'bad'} number {i},{c}" for i, c in enumerate(labels)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["text,label", *lines]) + "\n")
+    words = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--threads", "1"]
+    words += ["--epochs", "1", "--seeds", "0", "--width", "16", "--inner", "16"]
+    words += ["--batch-size", "16", "--arms", "dual_engram"]
+    assert cli.run(experiment.main, words) == 0
+    said = capsys.readouterr()
+    assert "few rows of a class" in said.out + said.err
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    engram = results["rows"]["dual_engram"]["0"]["engram"]
+    assert (engram["cosine_within"] is None) == (len(rows) == 2)
+    assert (tmp_path / "out" / "engram_clusters.png").exists()
