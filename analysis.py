@@ -16,7 +16,9 @@ from sklearn import config_context
 from sklearn.exceptions import ConvergenceWarning
 from threadpoolctl import threadpool_limits
 
+import audits
 import measures
+import tuning
 from claims import Evidence, verdicts
 from clustering import adjusted_rand, cluster_accuracy, cosine_gap, kmeans
 from contrasts import CONTRASTS, against_published, evaluate
@@ -125,6 +127,8 @@ def analyse(
     asked = (*CONTRASTS, *against_published(published))
     slug = dataset.get("slug")
     contrasts = adjust([evaluate(c, scores, bands, runs, labels, slug) for c in asked])
+    audited = audits.summary(results.get("rows", {}))
+    measured = audits.evidence(audited, slug)
     evidence = Evidence(
         contrasts={row["id"]: row for row in contrasts},
         controls=controls,
@@ -132,7 +136,7 @@ def analyse(
         slug=slug,
         dataset=dataset.get("name", ""),
         backbone=results.get("backbone", ""),
-        measured=results.get("evidence", {}),
+        measured=results.get("evidence", {}) | measured,
         published=published,
     )
     out = {
@@ -141,6 +145,10 @@ def analyse(
         "contrasts": contrasts,
         "claims": verdicts(evidence),
     }
+    if tuned := results.get("tuning"):
+        out["tuning"] = tuning.summary(tuned)
+    if audited:
+        out |= {"gradients": audited, "evidence": measured}
     return plain(out)
 
 

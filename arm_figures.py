@@ -1,9 +1,10 @@
-"""Figures across arms: every condition, the width of the bottleneck, the two-label test."""
+"""Figures across arms: every condition, the bottleneck's width, two labels, the gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -198,3 +199,63 @@ def two_labels(results: Mapping) -> Figure:
         "range: 95 % of the draws",
     )
     return figure
+
+
+def gradients(results: Mapping) -> Figure:
+    """Norms of both losses' gradients while Model 3 trains, and where the compressor's points."""
+    rows = {row["id"]: row for row in results["analysis"]["gradients"]}
+    arm = audited_arm(results)
+    runs = [run["audits"] for run in results["rows"][arm].values() if run.get("audits")]
+    steps = [record["step"] for record in runs[0]]
+    figure = Figure(figsize=(11, 4.9), layout="constrained")
+    left, right = figure.subplots(1, 2)
+
+    def line(axes, what: str, where: str, loss: str, **look) -> None:
+        values = np.array([[r[what][where][loss] or np.nan for r in audits] for audits in runs])
+        axes.plot(steps, np.mean(values, 0), **look)
+        axes.fill_between(steps, *np.quantile(values, [0, 1], 0), color=look["color"], alpha=0.15)
+
+    sites = {"backbone": PALETTE[0], "tap": PALETTE[2], "compressor": TRAINED}
+    for site, colour in sites.items():
+        for loss, dash in (("cls", "-"), ("lm", "--")):
+            if all(loss in r["norm"][site] for audits in runs for r in audits):
+                line(left, "norm", site, loss, color=colour, ls=dash)
+    left.set(yscale="log", xlabel="optimizer step", ylabel="norm of the gradient")
+    handles = [Line2D([], [], color=colour) for colour in sites.values()]
+    handles += [Line2D([], [], color=PLAIN, ls=dash) for dash in ("-", "--")]
+    words = ["backbone's weights", "what the compressor reads", "compressor's weights"]
+    words += ["classification", "next token"]
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.14), "fontsize": 8, "frameon": False}
+    left.legend(handles, words, ncols=3, **below)
+    shares = {
+        "the class means": ("classes", TRAINED, "-"),
+        "permuted labels' means": ("spread", BAND, "-"),
+        "the features' mean": ("mean", PREDICTED, "--"),
+    }
+    for words, (kind, colour, dash) in shares.items():
+        line(right, "share", kind, "both", color=colour, ls=dash, label=words)
+    uniform = rows[f"{arm}/compressor"]["share_uniform"]["mean"]
+    right.axhline(uniform, color="#777777", ls=":", label="a direction at random")
+    right.set(
+        ylim=(0, 1), xlabel="optimizer step", ylabel="share of the compressor's gradient along"
+    )
+    right.legend(ncols=2, **below)
+    for axes in (left, right):
+        style(axes)
+    headline(
+        figure,
+        f"Where the gradients go: {title_of(arm)}",
+        subject(results),
+        f"{count_of_seeds(len(runs))}; lines: means, bands: range over seeds",
+    )
+    return figure
+
+
+def audited_arm(results: Mapping) -> str | None:
+    """The arm whose compressor's gradient the figure shows: Model 3's, else the first."""
+    audited = [
+        row["arm"]
+        for row in results["analysis"].get("gradients", [])
+        if row["site"] == "compressor"
+    ]
+    return "dual_engram" if "dual_engram" in audited else next(iter(audited), None)

@@ -25,6 +25,7 @@ class Arm:
         lm_stopped: the LM loss is measured, and its gradient stops at the hidden states; as the
             output matrix is tied (or frozen), none of the backbone's weights feels it.
         longer: epochs, as a multiple of the run's; the schedule is stretched over them.
+        tuned: trained at the rate that is best on a dev split, instead of the run's.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Arm:
     shuffled_targets: bool = False
     lm_stopped: bool = False
     longer: int = 1
+    tuned: bool = False
 
     @property
     def has_prefix(self) -> bool:
@@ -74,6 +76,8 @@ ARMS = {
         ),
         # classification at full weight: its gradients, and their clipping, are then Model 1's
         Arm("dual_stopped", "Model 2, LM gradient stopped", 1.0, 1.0, lm_stopped=True),
+        Arm("classification_tuned", "Model 1, its best rate", tuned=True),
+        Arm("dual_tuned", "Model 2, its best rate", 0.5, 0.5, tuned=True),
         Arm("classification_longer", "Model 1, twice the epochs", longer=2),
         *(Arm(f"dual_lm_{w:.0%}"[:-1], f"Model 2, LM weight {w}", 1 - w, w) for w in _LM_WEIGHTS),
         *(
@@ -94,5 +98,6 @@ ARM_GROUPS = {
     "main": MAIN_ARMS,
     "controls": tuple(n for n in ARMS if n not in (*MAIN_ARMS, "published_small")),
     "widths": tuple(n for n, arm in ARMS.items() if arm.engram_dim),
+    "tuned": tuple(n for n, arm in ARMS.items() if arm.tuned),
     "weights": tuple(n for n, arm in ARMS.items() if arm.lm_weight in _LM_WEIGHTS),
 }

@@ -64,6 +64,12 @@ class StudyConfig:
     epochs: int = option(8, "passes over the training texts", low=1)
     batch_size: int = option(64, "texts per optimizer step", low=1)
     lr: float = option(3e-4, "peak learning rate", above=0.0)
+    lr_grid: list[float] = option(
+        [1e-4, 3e-4, 1e-3, 3e-3],
+        "rates of which a tuned arm takes the best on a dev split of the training texts",
+        above=0.0,
+    )
+    tune_seeds: int = option(1, "seeds that try each of them", low=1)
     weight_decay: float = option(0.01, "AdamW weight decay", low=0.0)
     clip: float = option(1.0, "largest gradient norm", above=0.0)
     feedback: str | None = option(
@@ -80,6 +86,9 @@ class StudyConfig:
         high=1.0,
     )
     max_tokens: int = option(64, "longest text in tokens; longer ones are cut and counted", low=2)
+    audit: int = option(
+        0, "steps before which each arm's gradients are measured (control B14; 0: none)", low=0
+    )
     jobs: int = option(1, "arms trained side by side, each in a process of its own", low=1)
     threads: int | None = option(
         None, "CPU threads (default: all cores); part of a run's identity", low=1

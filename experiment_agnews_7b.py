@@ -43,6 +43,11 @@ class Config(cli.StudyConfig):
     epochs: int = cli.option(3, "passes over the training texts", low=1)
     batch_size: int = cli.option(16, "texts per optimizer step", low=1)
     lr: float = cli.option(2e-4, "peak learning rate", above=0.0)
+    lr_grid: list[float] = cli.option(
+        [1e-4, 2e-4, 4e-4],
+        "rates of which a tuned arm takes the best on a dev split of the training texts",
+        above=0.0,
+    )
     engram_dim: int = cli.option(128, "width of the engram", low=1)
     max_tokens: int = cli.option(
         256, "longest text in tokens; longer ones are cut and counted", low=2

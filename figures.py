@@ -15,7 +15,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import NullFormatter
 
 from arm_figures import arms as all_arms
-from arm_figures import has_arms, two_labels, width, widths_of
+from arm_figures import audited_arm, gradients, has_arms, two_labels, width, widths_of
 from arms import MAIN_ARMS
 from drawing import PALETTE, PLACES, count_of_seeds, headline, style
 from tables import interval, is_comparable, subject, title_of
@@ -53,6 +53,7 @@ def expected(results: Mapping, features: Mapping) -> list[str]:
             "engram_clusters.png": engram_run(results, features) is not None,
             "arms.png": has_arms(results),
             "width.png": len(widths_of(results)) > 1,
+            "gradients.png": audited_arm(results) is not None,
         }.items()
         if wanted
     ]
@@ -72,6 +73,7 @@ def draw(results: Mapping, features: Mapping, published: Mapping | None) -> Iter
         "engram_clusters.png": lambda: engram_clusters(results, features),
         "arms.png": lambda: all_arms(results),
         "width.png": lambda: width(results),
+        "gradients.png": lambda: gradients(results),
         "two_labels.png": lambda: two_labels(results),
     }
     for name in expected(results, features):

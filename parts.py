@@ -158,11 +158,10 @@ def batch_losses(
     )
 
 
-def weighted_loss(model: StudyModel, losses: Losses) -> Tensor:
+def weighted_loss(arm: Arm, losses: Losses) -> Tensor:
     """cls_weight * mean over texts + lm_weight * mean over target tokens of the whole batch.
 
     A batch of one-token texts has no target: its LM term is 0, not 0 / 0.
     """
-    arm = model.arm
     lm = losses.lm / max(1, losses.targets)
     return arm.cls_weight * losses.cls / losses.texts + arm.lm_weight * lm

@@ -91,7 +91,6 @@ def analyse(folder: Path) -> None:
         raise ReportError(f"{folder} lacks results.json or features.npz. Run the experiment first.")
     if "two-labels" in results["analysis"]:
         results["analysis"] |= rivals.score(dict(features))
-        results["evidence"] = rivals.evidence(results["analysis"])
     else:
         seen = results | {"evidence": evidence_beside(folder)}
         results["analysis"] = run(dict(features), seen, published=study.published)

@@ -106,7 +106,8 @@ def score(features: Mapping[str, np.ndarray], seed: int = 0, settings: Settings 
     Args:
         features: arrays by key: each of TASKS (N,) labels 0..C-1, and runs named TASK-ARM/SEED.
     Returns:
-        {"settings", "two-labels": rows by run and representation, "kept": contrasts}, JSON values.
+        {"settings", "two-labels": rows by run and representation, "kept": contrasts,
+        "evidence"}, JSON values.
     """
     settings = settings or Settings()
     labels = {task: np.asarray(features[task]) for task in TASKS}
@@ -137,6 +138,7 @@ def score(features: Mapping[str, np.ndarray], seed: int = 0, settings: Settings 
         "settings": asdict(settings) | {"seed": seed, "items": len(labels[TASKS[0]])},
         "two-labels": rows,
         "kept": list(_kept(scores, conditions)),
+        "evidence": evidence(rows),
     }
 
 
@@ -212,7 +214,7 @@ def _kept(scores: Scores, conditions: list[str]):
             }
 
 
-def evidence(analysis: Mapping) -> dict:
+def evidence(rows: list[dict]) -> dict:
     """What this test says to the rules of claims.py: {claim id: interval}, above 0 in favour.
 
     most_salient: AMI(task) - AMI(other) of the engram trained with both losses, each label at its
@@ -221,7 +223,7 @@ def evidence(analysis: Mapping) -> dict:
     """
     found = [
         row["difference"]
-        for row in analysis["two-labels"]
+        for row in rows
         if row["representation"] == "engram" and row["arm"] in [f"{t}-{DUAL}" for t in TASKS]
     ]
     if len(found) < len(TASKS):

@@ -157,11 +157,16 @@ def read_studies(root: Path) -> dict[str, Study]:
 def evidence_beside(folder: Path) -> dict:
     """What a folder's own results.json and those of its subfolders measured for the claims' rules.
 
-    {claim id: {mean, low, high, n_seeds}}; a subfolder's overrides.
+    {claim id: {mean, low, high, n_seeds}}; a subfolder's overrides. What names a data set's `slug`
+    counts for that data set only.
     """
-    found = {}
+    found, own = {}, None
     for path in (folder / "results.json", *sorted(folder.glob("*/results.json"))):
-        found |= (read_json(path) or {}).get("evidence", {})
+        results = read_json(path) or {}
+        own = own or results.get("dataset", {}).get("slug")
+        for claim, interval in results.get("analysis", {}).get("evidence", {}).items():
+            if interval.get("slug", own) == own:
+                found[claim] = interval
     return found
 
 

@@ -9,28 +9,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from tqdm import tqdm
 
 import cli
-from arms import ARMS, Arm
+from arms import Arm
 from batches import Encoded
-from checkpoints import CheckpointStore
 from cli import FREE, StopSignals, StudyConfig
-from clustering import adjusted_rand, cluster_accuracy, engram_metrics, kmeans, nearest_centroid
-from common import StudyModel, UserError
+from common import StudyModel
 from data import Dataset
-from evaluation import Evaluation, evaluate_modes
-from files import plain
-from results import ResultsFolder, commit, provenance
-from training import Fit, Recipe, derive_seed, seed_everything
+from results import ResultsFolder, provenance
+from runs import arm_for, train_one, tune
+from training import Recipe
 from workers import Trained, finished
 
 SCHEMA_VERSION = 1
-FEATURES = ("pooled", "intermediate", "engram", "logits", "layers")
-HEARTBEAT = 30.0  # seconds between lines that tell where training is
-TRAIN_SAMPLE = 2048  # training texts the train-fitted k-means sees
 
 
 @dataclass(frozen=True)
@@ -52,19 +44,6 @@ class Study:
     device: torch.device
     backbone_identity: Mapping[str, Any] = field(default_factory=dict)
     save_model: Callable[[StudyModel, Path], None] | None = None
-
-
-def arm_for(config: StudyConfig, name: str) -> Arm:
-    """The named arm with the command line's --feedback, --tap and --lm-weight applied."""
-    arm = ARMS[name]
-    if arm.feedback is not None:
-        arm = dataclasses.replace(
-            arm, feedback=config.feedback or arm.feedback, tap=config.tap or arm.tap
-        )
-    if config.lm_weight is not None and arm.cls_weight and arm.lm_weight:
-        weights = {"lm_weight": config.lm_weight, "cls_weight": 1 - config.lm_weight}
-        arm = dataclasses.replace(arm, **weights)
-    return arm
 
 
 def identity_of(study: Study) -> dict[str, Any]:
@@ -131,6 +110,7 @@ def run_study(study: Study, out: Path, seeds: list[int], stop: StopSignals) -> P
         def train(seed: int, name: str) -> Trained:
             return train_one(study, folder, arm_for(config, name), seed, stop)
 
+        tune(study, folder, seeds, stop)
         for (seed, name), (row, features) in finished(train, todo, config, stop):
             folder.results["provenance"]["wall_seconds"] = before + time.monotonic() - started
             folder.add(name, seed, row, features)
@@ -175,165 +155,6 @@ def _header(study: Study, folder: ResultsFolder) -> dict[str, Any]:
         "rows": folder.results["rows"],
         "analysis": folder.results.get("analysis", {"controls": [], "contrasts": [], "claims": []}),
     }
-
-
-def train_one(
-    study: Study, folder: ResultsFolder, arm: Arm, seed: int, stop: StopSignals
-) -> Trained:
-    """Train (or go on with) one arm of one seed; its row of results.json and its features."""
-    seed_everything(seed, "initialisation")
-    classes = len(study.dataset.class_names)
-    model = StudyModel(study.make_backbone(arm), arm, classes, study.config.engram_dim)
-    model.to(study.device)
-    initial = _compressor_arrays(model, "0")
-    fit = Fit(model, study.recipe, study.train, study.evaluation, seed)
-    environment = {
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "device": study.device.type,
-    }
-    store = CheckpointStore(
-        folder.folder / "checkpoints" / f"{arm.name}-{seed}",
-        folder.identity | environment | {"arm": asdict(arm), "seed": seed},
-        folder.defaults,
-    )
-    store.require_room(fit.checkpoint_bytes * min(study.config.jobs, len(study.config.arms)))
-    saved = store.load()
-    if saved is None:
-        count = sum(p.numel() for p in fit.parameters.values())
-        name = f"{arm.name}, seed {seed}"
-        folder.log(f"{name}: {count:,} trained parameters, {fit.total_steps} steps")
-    else:
-        try:
-            fit.restore(*saved)
-        except (ValueError, KeyError, TypeError, RuntimeError) as error:
-            raise UserError(
-                f"{store.folder} holds a checkpoint that does not fit ({error}). "
-                "Use another --out, or pass --restart to discard it."
-            ) from None
-        folder.log(
-            f"{arm.name}, seed {seed}: going on from step {fit.step_number} of {fit.total_steps}"
-        )
-    with _Reporter(folder, fit, plain=study.config.jobs > 1) as reporter:
-        fit.run(lambda f: store.save(f.step_number, *f.state()), reporter, stop.check)
-    if study.save_model is not None:
-        study.save_model(model, folder.folder / "adapters" / f"{arm.name}-{seed}")
-    zero = fit.evaluate(study.evaluation, collect=FEATURES, check_stop=stop.check)
-    features = _rounded(zero.features) | initial | _compressor_arrays(model, "")
-    row = _row(study, model, fit, zero, features, seed)
-    store.finished()
-    return row, features
-
-
-def _rounded(features: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """As stored: float16, but logits float32, so that every argmax is exact."""
-    return {k: v if k == "logits" else v.astype(np.float16) for k, v in features.items()}
-
-
-def _compressor_arrays(model: StudyModel, suffix: str) -> dict[str, np.ndarray]:
-    if model.compressor is None:
-        return {}
-    linear = model.compressor.linear
-    arrays = {"W": linear.weight, "b": linear.bias}
-    return {k + suffix: v.detach().float().cpu().numpy().copy() for k, v in arrays.items()}
-
-
-def _row(
-    study: Study,
-    model: StudyModel,
-    fit: Fit,
-    zero: Evaluation,
-    features: dict[str, np.ndarray],
-    seed: int,
-) -> dict[str, Any]:
-    """Score what is stored, so that the stored features give every number again."""
-    labels = study.evaluation.labels.numpy()
-    predictions = features["logits"].argmax(1)
-    row = {
-        "commit": commit(),
-        "parameters_trainable": sum(p.numel() for p in fit.parameters.values()),
-        # a byte of 4-bit weights holds two parameters and counts as one
-        "parameters_total": sum(p.numel() for p in model.parameters())
-        + getattr(model.backbone, "parameters_packed_away", 0),
-        "epochs": fit.progress.epochs,
-        "memory": fit.progress.memory,  # limits lowered because memory ran out
-        "final": zero.scores()
-        | {"predictions_ari": adjusted_rand(labels, predictions), "modes": {}},
-        "engram": None,
-    }
-    if model.arm.has_prefix:
-        row["final"]["modes"] = evaluate_modes(model, study.evaluation, fit.recipe, zero, seed)
-    if model.compressor is not None:
-        order = np.random.default_rng(derive_seed(0, "train sample")).permutation(len(study.train))
-        sample = study.train.select(np.sort(order[:TRAIN_SAMPLE]))
-        train = fit.evaluate(sample, collect=("engram",)).features["engram"]
-        classes = len(study.dataset.class_names)
-        features["train_centroids"] = kmeans(train, classes, seed).centroids.astype(np.float32)
-        assigned = nearest_centroid(features["engram"], features["train_centroids"])
-        scores = engram_metrics(features["engram"], labels, predictions, seed)
-        # null where it has no value: a class without a pair of items has no cosine
-        row["engram"] = plain(asdict(scores)) | {
-            "train_fitted": {
-                "ari": adjusted_rand(labels, assigned),
-                "cluster_accuracy": cluster_accuracy(labels, assigned).accuracy,
-            }
-        }
-    return row
-
-
-class _Reporter:
-    """A line every half minute in log.txt, and on screen where no progress bar is."""
-
-    def __init__(self, folder: ResultsFolder, fit: Fit, plain: bool) -> None:
-        self.folder, self.said = folder, time.monotonic()
-        self.name = f"{fit.model.arm.name}, seed {fit.seed}"
-        self.first, self.started = fit.step_number, time.monotonic()
-        self.lowered = len(fit.progress.memory)
-        self.bar = tqdm(
-            total=fit.total_steps,
-            initial=fit.step_number,
-            desc=self.name,
-            disable=plain or None,  # None: off unless stderr is a terminal
-            unit="step",
-            dynamic_ncols=True,
-        )
-
-    def __enter__(self) -> _Reporter:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.bar.close()
-
-    def __call__(self, fit: Fit, event: str) -> None:
-        if event == "step":
-            self.bar.update()
-            now = time.monotonic()
-            for lowered in fit.progress.memory[self.lowered :]:
-                self.folder.log(
-                    f"{self.name}: out of memory at step {lowered['step']}; "
-                    f"{lowered['limit']} is {lowered['tokens']} from here on"
-                )
-            self.lowered = len(fit.progress.memory)
-            if now - self.said > HEARTBEAT:
-                self.said = now
-                done = fit.step_number - self.first
-                left = (fit.total_steps - fit.step_number) * (now - self.started) / done
-                loss = fit.progress.totals.cls / max(1, fit.progress.totals.texts)
-                self.folder.log(
-                    f"{self.name}: step {fit.step_number} of {fit.total_steps}, "
-                    f"classification loss {loss:.4f}, rate "
-                    f"{fit.optimizer.param_groups[0]['lr']:.3g}, "
-                    f"about {left / 60:.1f} min left in this arm",
-                    show=self.bar.disable,
-                )
-            return
-        last = fit.progress.epochs[-1]
-        lm = "" if last["eval_lm_loss"] is None else f", LM loss {last['eval_lm_loss']:.3f}"
-        self.folder.log(
-            f"{self.name}: epoch {last['epoch']} of {fit.epochs}, "
-            f"train {last['train_accuracy']:.4f}, "
-            f"eval {last['eval_accuracy']:.4f}{lm}, {last['train_seconds']:.1f} s"
-        )
 
 
 def _summary(arm: str, seed: int, row: dict[str, Any]) -> str:

@@ -111,6 +111,7 @@ class Progress:
     totals: Totals = field(default_factory=Totals)
     epochs: list[dict] = field(default_factory=list)  # finished epochs' records
     memory: list[dict] = field(default_factory=list)  # limits that had to be lowered: Recipe's
+    audits: list[dict] = field(default_factory=list)  # what gradients.Audit measured
 
     def to_json(self) -> dict:
         return asdict(self)
@@ -162,6 +163,7 @@ class Fit:
         self.steps_per_epoch = -(-len(train) // recipe.batch_size)
         self.device = next(model.parameters()).device
         self.unread: list[_Step] = []
+        self.audit: Callable[[Fit, Batch], None] | None = None  # called before every step
         if self.device.type == "cuda":
             self.optimizer.grad_scale = None
             self.optimizer.found_inf = torch.zeros((), device=self.device)
@@ -276,19 +278,26 @@ class Fit:
             self.settle()
         self.optimizer.step()
 
+    def divisors(self, batch: Batch) -> dict[str, int]:
+        """Texts and targets of the whole step, by which every part's sums are divided.
+
+        A mean of the parts' means would be another loss.
+        """
+        arm = self.model.arm
+        times = 2 if arm.has_prefix and arm.feedback == "self" else 1
+        targets = times * (len(batch.tokens) - len(batch)) if arm.lm_weight else 0
+        return {"texts": times * len(batch), "targets": targets}
+
     def _gradients(self, batch: Batch) -> tuple[Losses, Tensor, Tensor]:
         """Fill the gradients, clipped: the step's sums, its loss and the norm before clipping."""
         arm, recipe = self.model.arm, self.recipe
         parts = parts_of(arm, batch, recipe.micro_batch_tokens)
-        # sums over the whole step divide every part: a mean of means is another loss
-        times = 2 if arm.has_prefix and arm.feedback == "self" else 1
-        texts = times * len(batch)
-        targets = times * (len(batch.tokens) - len(batch)) if arm.lm_weight else 0
+        counts = self.divisors(batch)
         seen, loss = None, 0.0
         for part in parts:
             passes = run_part(self.model, part.to(self.device))
             losses = batch_losses(self.model, passes, recipe, getattr(torch, recipe.lm_dtype))
-            share = weighted_loss(self.model, replace(losses, texts=texts, targets=targets))
+            share = weighted_loss(arm, replace(losses, **counts))
             share.backward()
             losses = losses.detach()
             seen, loss = losses if seen is None else seen + losses, loss + share.detach()
@@ -338,8 +347,11 @@ class Fit:
             try:
                 while progress.batch < len(order):
                     check_stop()
+                    batch = self.train_data.batch(order[progress.batch])
+                    if self.audit is not None:
+                        self.audit(self, batch)
                     started = time.perf_counter()
-                    self.step(self.train_data.batch(order[progress.batch]))
+                    self.step(batch)
                     progress.batch += 1
                     progress.totals.seconds += time.perf_counter() - started
                     report(self, "step")

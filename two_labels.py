@@ -6,7 +6,7 @@ Each text is one SST-2 sentence and one AG News text: sentiment and topic, in 2 
 Trains the small transformer on sentiment, on topic, each with and without the next-token loss, on
 the next token alone, and not at all; clusters each run's engram, classifier layer and pooled state
 with k = 2 and k = 4 and scores them against both labels, with a linear probe of both, beside random
-compressors. Writes results.json (with `evidence` for the claims), features.npz and figures to
+compressors. Writes results.json (with evidence for the claims), features.npz and figures to
 results/two-labels/. The folder's provenance states the measured time.
 """
 
@@ -26,14 +26,13 @@ import data
 import experiment
 import pairs
 from results import ResultsFolder
+from runs import arm_for, train_one
 from study import (
     Study,
-    arm_for,
     departures,
     draw_figures,
     identity_defaults,
     identity_of,
-    train_one,
     write_header,
 )
 from training import prepare_cpu
@@ -124,7 +123,6 @@ def analyse(folder: ResultsFolder, smoke: bool) -> None:
     settings = rivals.SMOKE if smoke else rivals.Settings()
     analysis = rivals.score(folder.features, settings=settings)
     folder.results["analysis"] = {"controls": [], "contrasts": [], "claims": [], **analysis}
-    folder.results["evidence"] = rivals.evidence(analysis)
     folder.write()
     folder.log(f"analysis: {time.monotonic() - started:.1f} s")
     draw_figures(folder)

@@ -26,6 +26,7 @@ import experiment
 import experiment_7b
 import files
 import memory
+import reporter
 import study
 import training
 from checkpoints import CheckpointStore
@@ -344,7 +345,7 @@ def test_a_run_outlives_whoever_read_its_output(tmp_path, whole, kind):
         sys.stdout, sys.stderr = (open(n, "w", closefd=False) for n in (1, 2))  # noqa: SIM115
         if kind == "closed":
             sys.stdout = sys.stderr = None
-        study.HEARTBEAT = 0.0
+        reporter.HEARTBEAT = 0.0
         return command(tmp_path)
 
     assert in_child(unread) == 0

@@ -19,6 +19,7 @@ from benchmarks.faults import outcome_of
 from checkpoints import CheckpointStore
 from common import UserError
 from files import write_atomic
+from training import Fit
 
 FORK = multiprocessing.get_context("fork")
 COMMAND = ("--smoke", "--threads", "1", "--epochs", "3", "--batch-size", "16", "--width", "16",
@@ -31,7 +32,7 @@ def run_in_child(folder, *extra, ready=None, slow=0.0):
     def target():
         study._analyse_and_draw = lambda folder: None
         if slow:
-            step = study.Fit.step
+            step = Fit.step
 
             def slowed(self, batch):
                 step(self, batch)
@@ -39,7 +40,7 @@ def run_in_child(folder, *extra, ready=None, slow=0.0):
                     ready.set()
                 time.sleep(slow)
 
-            study.Fit.step = slowed
+            Fit.step = slowed
         os._exit(cli.run(experiment.main, [*COMMAND, "--out", str(folder), *extra]))
 
     child = FORK.Process(target=target)

@@ -51,7 +51,7 @@ def test_loss_is_the_weighted_sum_of_plain_means(make_model, recipe):
         texts.append(out.logits)
     wanted = 0.5 * F.cross_entropy(torch.cat(texts), batch.labels)
     wanted += 0.5 * F.cross_entropy(torch.cat(logits), torch.cat(targets))
-    assert torch.allclose(training.weighted_loss(model, losses), wanted, atol=1e-5)
+    assert torch.allclose(training.weighted_loss(model.arm, losses), wanted, atol=1e-5)
     assert (losses.texts, losses.targets) == (3, 10)
 
 
@@ -59,7 +59,7 @@ def test_a_batch_without_targets_has_a_finite_loss(make_model, recipe):
     model, batch = make_model("dual").eval(), random_batch([1, 1], vocabulary=20)
     losses = training.batch_losses(model, parts.forward_passes(model, batch), recipe, torch.float32)
     assert losses.targets == 0
-    assert math.isfinite(training.weighted_loss(model, losses).item())
+    assert math.isfinite(training.weighted_loss(model.arm, losses).item())
 
 
 @pytest.mark.parametrize("feedback", ["next", "same_class", "detached"])
@@ -94,7 +94,7 @@ def test_the_prefix_changes_the_text_and_unused_compressors_get_no_gradient(make
     published = make_model("published_small")
     passes = parts.forward_passes(published, batch)
     training.weighted_loss(
-        published, training.batch_losses(published, passes, recipe, torch.float32)
+        published.arm, training.batch_losses(published, passes, recipe, torch.float32)
     ).backward()
     assert published.compressor.linear.weight.grad is None
 

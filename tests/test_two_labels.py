@@ -123,7 +123,7 @@ TRUE = {f"{task}-dual_engram": task for task in pairs.TASKS}
 def rows_of(features):
     found = rivals.score(features, settings=QUICK)
     rows = {(row["arm"], row["representation"]): row for row in found["two-labels"]}
-    return rows, rivals.evidence(found)
+    return rows, found["evidence"]
 
 
 def test_codes_that_follow_the_trained_label_support_the_claim():
@@ -157,8 +157,8 @@ def test_the_evidence_is_the_weaker_task_and_needs_both():
         for task, mean in zip(pairs.TASKS, (0.4, -0.1), strict=True)
     ]
     rows.append(rows[1] | {"representation": "pooled", "difference": {"mean": -0.9}})
-    assert rivals.evidence({"two-labels": rows}) == {"most_salient": {"mean": -0.1}}
-    assert rivals.evidence({"two-labels": rows[:1]}) == {}
+    assert rivals.evidence(rows) == {"most_salient": {"mean": -0.1}}
+    assert rivals.evidence(rows[:1]) == {}
 
 
 @pytest.fixture(scope="module")
@@ -179,8 +179,8 @@ def test_smoke_run_end_to_end(smoke):
     assert first.count("epoch 1 of 1") == 5  # nothing to train in the sixth
     labels = results["dataset"]["tasks"]
     assert [len(labels[task]) for task in pairs.TASKS] == [2, 4]
-    assert results["evidence"]["most_salient"]["n_seeds"] == 1
-    assert evidence_beside(out.parent) == results["evidence"]
+    assert results["analysis"]["evidence"]["most_salient"]["n_seeds"] == 1
+    assert evidence_beside(out.parent) == results["analysis"]["evidence"]
     with np.load(out / "features.npz") as features:
         assert not any("layer" in name for name in features.files)
         assert features["topic-dual_engram/0/logits"].shape[1] == 4

@@ -1,0 +1,220 @@
+"""One arm of one seed: trained or gone on with, evaluated, and its row and features made."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+import tuning
+from arms import ARMS, Arm
+from checkpoints import CheckpointStore
+from cli import StopSignals, StudyConfig
+from clustering import adjusted_rand, cluster_accuracy, engram_metrics, kmeans, nearest_centroid
+from common import StudyModel, UserError
+from evaluation import Evaluation, evaluate_modes
+from files import plain
+from gradients import Audit
+from reporter import Reporter
+from results import ResultsFolder, commit
+from training import Fit, derive_seed, seed_everything
+from workers import Trained, finished
+
+if TYPE_CHECKING:
+    from study import Study
+
+FEATURES = ("pooled", "intermediate", "engram", "logits", "layers")
+TRAIN_SAMPLE = 2048  # training texts the train-fitted k-means sees
+
+
+def arm_for(config: StudyConfig, name: str) -> Arm:
+    """The named arm with the command line's --feedback, --tap and --lm-weight applied."""
+    arm = ARMS[name]
+    if arm.feedback is not None:
+        arm = dataclasses.replace(
+            arm, feedback=config.feedback or arm.feedback, tap=config.tap or arm.tap
+        )
+    if config.lm_weight is not None and arm.cls_weight and arm.lm_weight:
+        weights = {"lm_weight": config.lm_weight, "cls_weight": 1 - config.lm_weight}
+        arm = dataclasses.replace(arm, **weights)
+    return arm
+
+
+def train_one(
+    study: Study, folder: ResultsFolder, arm: Arm, seed: int, stop: StopSignals
+) -> Trained:
+    """Train (or go on with) one arm of one seed; its row of results.json and its features."""
+    if arm.tuned:
+        rate = folder.results["tuning"][arm.name]["chosen"]
+        study = dataclasses.replace(study, recipe=dataclasses.replace(study.recipe, lr=rate))
+    with _fitted(study, folder, arm, seed, stop) as (fit, initial):
+        model = fit.model
+        if study.save_model is not None:
+            study.save_model(model, folder.folder / "adapters" / f"{arm.name}-{seed}")
+        zero = fit.evaluate(study.evaluation, collect=FEATURES, check_stop=stop.check)
+        features = _rounded(zero.features) | initial | _compressor_arrays(model, "")
+        row = _row(study, model, fit, zero, features, seed)
+    return row, features
+
+
+@contextlib.contextmanager
+def _fitted(
+    study: Study, folder: ResultsFolder, arm: Arm, seed: int, stop: StopSignals
+) -> Iterator[tuple[Fit, dict[str, np.ndarray]]]:
+    """Train (or go on with) an arm; its checkpoints go once the caller has what it needs."""
+    seed_everything(seed, "initialisation")
+    classes = len(study.dataset.class_names)
+    model = StudyModel(study.make_backbone(arm), arm, classes, study.config.engram_dim)
+    model.to(study.device)
+    initial = _compressor_arrays(model, "0")
+    fit = Fit(model, study.recipe, study.train, study.evaluation, seed)
+    fit.audit = Audit(study.config.audit) if study.config.audit else None
+    environment = {
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "device": study.device.type,
+    }
+    store = CheckpointStore(
+        folder.folder / "checkpoints" / f"{arm.name}-{seed}",
+        folder.identity | environment | {"arm": asdict(arm), "seed": seed},
+        folder.defaults,
+    )
+    store.require_room(fit.checkpoint_bytes * min(study.config.jobs, len(study.config.arms)))
+    saved = store.load()
+    if saved is None:
+        count = sum(p.numel() for p in fit.parameters.values())
+        name = f"{arm.name}, seed {seed}"
+        folder.log(f"{name}: {count:,} trained parameters, {fit.total_steps} steps")
+    else:
+        try:
+            fit.restore(*saved)
+        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise UserError(
+                f"{store.folder} holds a checkpoint that does not fit ({error}). "
+                "Use another --out, or pass --restart to discard it."
+            ) from None
+        folder.log(
+            f"{arm.name}, seed {seed}: going on from step {fit.step_number} of {fit.total_steps}"
+        )
+    with Reporter(folder, fit, plain=study.config.jobs > 1) as reporter:
+        fit.run(lambda f: store.save(f.step_number, *f.state()), reporter, stop.check)
+    yield fit, initial
+    store.finished()
+
+
+def tune(study: Study, folder: ResultsFolder, seeds: list[int], stop: StopSignals) -> None:
+    """Find the rate of every tuned arm that is to be trained, and write it down."""
+    config = study.config
+    arms = [ARMS[n] for n in config.arms if ARMS[n].tuned]
+    arms = [arm for arm in arms if not all(folder.has(arm.name, seed) for seed in seeds)]
+    if not arms:
+        return
+    texts, classes = study.dataset.train.texts, len(study.dataset.class_names)
+    out = tuning.held_out(texts, derive_seed(0, "dev split"))
+    rows, dev = np.flatnonzero(~out), np.flatnonzero(out)
+    if len(np.unique(study.dataset.train.labels[dev])) < classes:
+        raise UserError(
+            f"{arms[0].name} chooses its rate on a dev split, and {len(texts)} training texts "
+            "give none with every class. Leave this arm out, or give more texts."
+        )
+    part = dataclasses.replace(
+        study, train=study.train.select(rows), evaluation=study.train.select(dev)
+    )
+    known = folder.results.setdefault("tuning", {})
+    for arm in arms:
+        known.setdefault(arm.name, {"dev_rows": len(dev), "trials": {}})
+    trials = {
+        tuning.trial_name(arm.name, rate): (arm_for(config, arm.name), rate)
+        for arm in arms
+        for rate in config.lr_grid
+    }
+    todo = [
+        (seed, name)
+        for seed in range(config.tune_seeds)
+        for name, (arm, rate) in trials.items()
+        if str(seed) not in known[arm.name]["trials"].get(f"{rate:g}", {})
+    ]
+
+    def train(seed: int, name: str) -> Trained:
+        arm, rate = trials[name]
+        trial = dataclasses.replace(part, recipe=dataclasses.replace(part.recipe, lr=rate))
+        with _fitted(trial, folder, dataclasses.replace(arm, name=name), seed, stop) as (fit, _):
+            return {"accuracy": fit.progress.epochs[-1]["eval_accuracy"]}, {}
+
+    for (seed, name), (row, _) in finished(train, todo, config, stop):
+        arm, rate = trials[name]
+        found = known[arm.name]["trials"].setdefault(f"{rate:g}", {})
+        found[str(seed)] = row["accuracy"]
+        folder.write()
+        folder.log(f"{name}, seed {seed}: dev accuracy {row['accuracy']:.4f}")
+    for arm in arms:
+        chosen = known[arm.name]["chosen"] = tuning.choose(known[arm.name]["trials"])
+        edge = chosen in (min(config.lr_grid), max(config.lr_grid))
+        at = "; the edge of --lr-grid: a rate beyond it may be better" if edge else ""
+        folder.log(f"{arm.name}: rate {chosen:g} is the best on {len(dev):,} dev texts{at}")
+    folder.write()
+
+
+def _rounded(features: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """As stored: float16, but logits float32, so that every argmax is exact."""
+    return {k: v if k == "logits" else v.astype(np.float16) for k, v in features.items()}
+
+
+def _compressor_arrays(model: StudyModel, suffix: str) -> dict[str, np.ndarray]:
+    if model.compressor is None:
+        return {}
+    linear = model.compressor.linear
+    arrays = {"W": linear.weight, "b": linear.bias}
+    return {k + suffix: v.detach().float().cpu().numpy().copy() for k, v in arrays.items()}
+
+
+def _row(
+    study: Study,
+    model: StudyModel,
+    fit: Fit,
+    zero: Evaluation,
+    features: dict[str, np.ndarray],
+    seed: int,
+) -> dict[str, Any]:
+    """Score what is stored, so that the stored features give every number again."""
+    labels = study.evaluation.labels.numpy()
+    predictions = features["logits"].argmax(1)
+    row = {
+        "commit": commit(),
+        "parameters_trainable": sum(p.numel() for p in fit.parameters.values()),
+        # a byte of 4-bit weights holds two parameters and counts as one
+        "parameters_total": sum(p.numel() for p in model.parameters())
+        + getattr(model.backbone, "parameters_packed_away", 0),
+        "epochs": fit.progress.epochs,
+        "memory": fit.progress.memory,  # limits lowered because memory ran out
+        "final": zero.scores()
+        | {"predictions_ari": adjusted_rand(labels, predictions), "modes": {}},
+        "engram": None,
+    }
+    if model.arm.tuned:
+        row["learning_rate"] = fit.recipe.lr
+    if fit.progress.audits:
+        row["audits"] = fit.progress.audits
+    if model.arm.has_prefix:
+        row["final"]["modes"] = evaluate_modes(model, study.evaluation, fit.recipe, zero, seed)
+    if model.compressor is not None:
+        order = np.random.default_rng(derive_seed(0, "train sample")).permutation(len(study.train))
+        sample = study.train.select(np.sort(order[:TRAIN_SAMPLE]))
+        train = fit.evaluate(sample, collect=("engram",)).features["engram"]
+        classes = len(study.dataset.class_names)
+        features["train_centroids"] = kmeans(train, classes, seed).centroids.astype(np.float32)
+        assigned = nearest_centroid(features["engram"], features["train_centroids"])
+        scores = engram_metrics(features["engram"], labels, predictions, seed)
+        # null where it has no value: a class without a pair of items has no cosine
+        row["engram"] = plain(asdict(scores)) | {
+            "train_fitted": {
+                "ari": adjusted_rand(labels, assigned),
+                "cluster_accuracy": cluster_accuracy(labels, assigned).accuracy,
+            }
+        }
+    return row
