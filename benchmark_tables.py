@@ -106,7 +106,8 @@ FAULT_OUTCOMES = {
 def _faults_values(found: Mapping) -> Iterator[tuple[str, str]]:
     for outcome in FAULT_OUTCOMES:
         for row in found["rows"]:
-            yield f"{row['fault'].replace(' ', '_')}.{outcome}", f"{row[outcome]:,}"
+            name = f"{row['path']}.{row['fault'].replace(' ', '_')}"
+            yield f"{name}.{outcome}", f"{row[outcome]:,}"
         yield f"all.{outcome}", f"{sum(row[outcome] for row in found['rows']):,}"
     cost = found["checkpoint"]
     yield "save_ms", f"{1000 * cost['save_seconds']:,.0f}"
@@ -116,10 +117,10 @@ def _faults_values(found: Mapping) -> Iterator[tuple[str, str]]:
 
 
 def _faults_table(found: Mapping, shown: Mapping[str, str]) -> tuple:
-    names = [row["fault"] for row in found["rows"]]
+    names = {(row["path"], row["fault"]): f"{row['path']}.{row['fault']}" for row in found["rows"]}
     rows = [
-        [name, *(shown[f"{name.replace(' ', '_')}.{outcome}"] for outcome in FAULT_OUTCOMES)]
-        for name in [*names, "all"]
+        [*words, *(shown[f"{name.replace(' ', '_')}.{outcome}"] for outcome in FAULT_OUTCOMES)]
+        for words, name in [*names.items(), (("both", "all"), "all")]
     ]
     caption = (
         f"{found['machine']}, {found['date']}, seed {found['seed']}. A checkpoint of Model 3 at "
@@ -127,7 +128,7 @@ def _faults_table(found: Mapping, shown: Mapping[str, str]) -> tuple:
         f"save and {shown['load_ms']} ms to load, a step {shown['step_ms']} ms. "
         "After out of memory weights are compared to 1e-2: smaller parts draw other dropout."
     )
-    return caption, ["fault", *FAULT_OUTCOMES.values()], rows
+    return caption, ["path", "fault", *FAULT_OUTCOMES.values()], rows
 
 
 def _no_values(found: Mapping) -> Iterator[tuple[str, str]]:
@@ -163,7 +164,7 @@ BENCHMARKS = {
         {
             **{"machine": str, "date": str, "seed": count},
             "checkpoint": dict.fromkeys(("save_seconds", "load_seconds", "step_seconds"), positive),
-            "rows": [{"fault": str, **dict.fromkeys(FAULT_OUTCOMES, count)}],
+            "rows": [{"path": str, "fault": str, **dict.fromkeys(FAULT_OUTCOMES, count)}],
         },
         _faults_values,
         _faults_table,

@@ -2,12 +2,13 @@
 
     python benchmarks/faults.py [--faults 200] [--seed 0]
 
-Every trial forks a run of `experiment.py --smoke` at a small width (torch imported once), injects
-one fault, reruns the same command and compares rows (without timings), features and weights with
-those of a run that was left alone. A rerun that refuses with a message is told to --restart. After
-out of memory the parts of a step are smaller, which is another sum: its weights are compared
-to 1e-2, everything else bit for bit. Also times a checkpoint against an epoch. Writes
-benchmarks/faults.json.
+Every trial forks a small run of one of two paths, in turn: `experiment.py` at a small width, and
+`experiment_7b.py` (NF4, LoRA) on a tiny backbone of random weights; torch is imported once. It
+injects one fault, reruns the same command and compares rows (without timings), features, weights
+and adapters with those of a run that was left alone. A rerun that refuses with a message is told
+to --restart. After out of memory the parts of a step are smaller, which is another sum: its weights
+are compared to 1e-2, everything else bit for bit. Also times a checkpoint against an epoch. Writes
+benchmarks/faults.json. About 12 minutes of one core.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -40,61 +42,100 @@ from safetensors.numpy import load as load_safetensors
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import cli
+import data
 import evaluation
 import experiment
+import experiment_7b
+import pretrained
 import study
 import training
 from checkpoints import CheckpointStore
 from results import provenance
 
 FORK = multiprocessing.get_context("fork")
-COMMAND = ("--smoke", "--threads", "1", "--epochs", "3", "--batch-size", "32", "--width", "16",
-           "--inner", "16", "--engram-dim", "4", "--arms", "dual", "dual_engram")  # fmt: skip
+SHARED = ("--threads", "1", "--batch-size", "32", "--engram-dim", "4", "--seeds", "0",
+          "--arms", "dual", "dual_engram")  # fmt: skip
 PAUSE = 0.01  # seconds a step is slowed, so that signals meet every moment of a run
 OUTCOMES = ("recovered", "refused", "silently_wrong", "lost_epochs")
 
 
-def fork_run(folder: Path, *extra: str, before: Callable[[], None] | None = None, slow=False):
-    """Start the command in a child, its output in folder's .out file; `before` runs there first."""
+@dataclass(frozen=True)
+class Kind:
+    """A path to break: a script's main, its command, and how many steps its arms take together."""
 
-    def work() -> None:
-        os.setsid()
-        to = os.open(f"{folder}.out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(to, 1)
-        os.dup2(to, 2)
-        study._analyse_and_draw = lambda folder: None
-        if slow:
-            step = training.Fit.step
-
-            def slowed(self, batch):
-                step(self, batch)
-                time.sleep(PAUSE)
-
-            training.Fit.step = slowed
-        if before is not None:
-            before()
-        code = 70
-        with contextlib.suppress(BaseException):
-            code = cli.run(experiment.main, [*COMMAND, "--out", str(folder), *extra])
-        os._exit(code)
-
-    child = FORK.Process(target=work)
-    child.start()
-    return child
+    main: Callable
+    command: tuple[str, ...]
+    steps: int
 
 
-def finish(folder: Path, *extra: str, before: Callable[[], None] | None = None) -> int:
-    child = fork_run(folder, *extra, before=before)
-    child.join(120)
-    return child.exitcode
+def kinds(scratch: Path) -> dict[str, Kind]:
+    """Both paths on one generated corpus; the QLoRA path's tiny backbone is made in `scratch`."""
+    corpus = data.generated_corpus()
+    texts, backbone = scratch / "texts", scratch / "tiny-random-qwen2"
+    texts.mkdir()
+    for split in (corpus.train, corpus.evaluation):
+        rows = [f"{text},{label}" for text, label in zip(split.texts, split.labels, strict=True)]
+        (texts / f"{split.name}.csv").write_text("\n".join(["sentence,label", *rows]) + "\n")
+    pretrained.tiny_model(backbone, corpus.train.texts)
+    shared = (*SHARED, "--data", str(texts))
+    small = (*shared, "--epochs", "3", "--width", "16", "--inner", "16")
+    qlora = (*shared, "--epochs", "2", "--backbone", str(backbone))
+    return {
+        "small": Kind(experiment.main, small, 2 * 3 * 8),
+        "QLoRA": Kind(experiment_7b.main, qlora, 2 * 2 * 8),
+    }
 
 
-def said(folder: Path) -> str:
-    return Path(f"{folder}.out").read_text()
+@dataclass(frozen=True)
+class Trial:
+    """A kind of run in a folder; what it says goes to the folder's .out file."""
+
+    kind: Kind
+    folder: Path
+
+    def start(self, *extra: str, before: Callable[[], None] | None = None, slow=False):
+        """Start the command in a child; `before` runs there first."""
+
+        def work() -> None:
+            os.setsid()
+            to = os.open(f"{self.folder}.out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(to, 1)
+            os.dup2(to, 2)
+            # whatever this process's own streams were
+            sys.stdout, sys.stderr = (os.fdopen(n, "w", 1, closefd=False) for n in (1, 2))
+            study._analyse_and_draw = lambda folder: None
+            if slow:
+                step = training.Fit.step
+
+                def slowed(self, batch):
+                    step(self, batch)
+                    time.sleep(PAUSE)
+
+                training.Fit.step = slowed
+            if before is not None:
+                before()
+            code = 70
+            with contextlib.suppress(BaseException):
+                words = [*self.kind.command, "--out", str(self.folder), *extra]
+                code = cli.run(self.kind.main, words)
+            os._exit(code)
+
+        child = FORK.Process(target=work)
+        child.start()
+        return child
+
+    def finish(self, *extra: str, before: Callable[[], None] | None = None) -> int:
+        child = self.start(*extra, before=before)
+        child.join(120)
+        return child.exitcode
+
+    @property
+    def said(self) -> str:
+        return Path(f"{self.folder}.out").read_text()
 
 
 def outcome_of(folder: Path) -> tuple:
-    """Rows without timings, features and weights of a finished run: what must be equal."""
+    """Rows without timings, features, weights, adapters of a finished run: what must be equal."""
     rows = json.loads((folder / "results.json").read_text())["rows"]
     for seeds in rows.values():
         for row in seeds.values():
@@ -107,7 +148,11 @@ def outcome_of(folder: Path) -> tuple:
         path.parent.name: max(path.parent.glob("*.safetensors")).read_bytes()
         for path in folder.glob("checkpoints/*/*.safetensors")
     }
-    return rows, features, weights
+    adapters = {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.glob("adapters/*/*.safetensors")
+    }
+    return rows, features, weights, adapters
 
 
 def epochs_done(folder: Path) -> int:
@@ -120,22 +165,22 @@ def epochs_done(folder: Path) -> int:
     return sum(found.values())
 
 
-# a fault: breaks the run in `folder`, or its files, in a way that `rng` chooses
+# a fault: breaks the run, or its files, in a way that `rng` chooses
 
 
-def killed(folder: Path, rng: random.Random, number: int) -> None:
-    child = fork_run(folder, slow=True)
+def killed(run: Trial, rng: random.Random, number: int) -> None:
+    child = run.start(slow=True)
     child.join(rng.uniform(0.05, 1.5))
     with contextlib.suppress(ProcessLookupError):
         os.kill(child.pid, number)
     child.join()
 
 
-def stopped_half_way(folder: Path, rng: random.Random) -> None:
+def stopped_half_way(run: Trial, rng: random.Random) -> None:
     """A run stopped by SIGTERM after some of its epochs: files for a fault to damage."""
-    child = fork_run(folder, slow=True)
+    child = run.start(slow=True)
     until = time.monotonic() + rng.uniform(0.4, 1.5)
-    while time.monotonic() < until or not list(folder.glob("checkpoints/*/*.json")):
+    while time.monotonic() < until or not list(run.folder.glob("checkpoints/*/*.json")):
         time.sleep(0.01)
         if child.exitcode is not None:
             break
@@ -144,25 +189,25 @@ def stopped_half_way(folder: Path, rng: random.Random) -> None:
     child.join()
 
 
-def damaged(folder: Path, rng: random.Random, damage: Callable[[bytearray], bytearray]) -> None:
-    stopped_half_way(folder, rng)
-    kinds = ("checkpoints/*/*.safetensors", "checkpoints/*/*.state", "checkpoints/*/*.json",
-             "features.npz", "results.json")  # fmt: skip
-    files = sorted(path for kind in kinds for path in folder.glob(kind))
+def damaged(run: Trial, rng: random.Random, damage: Callable[[bytearray], bytearray]) -> None:
+    stopped_half_way(run, rng)
+    patterns = ("checkpoints/*/*.safetensors", "checkpoints/*/*.state", "checkpoints/*/*.json",
+                "features.npz", "results.json")  # fmt: skip
+    files = sorted(path for pattern in patterns for path in run.folder.glob(pattern))
     victim = rng.choice(files)
     victim.write_bytes(damage(bytearray(victim.read_bytes())))
 
 
-def truncated(folder: Path, rng: random.Random) -> None:
-    damaged(folder, rng, lambda content: content[: rng.randrange(len(content))])
+def truncated(run: Trial, rng: random.Random) -> None:
+    damaged(run, rng, lambda content: content[: rng.randrange(len(content))])
 
 
-def flipped(folder: Path, rng: random.Random) -> None:
+def flipped(run: Trial, rng: random.Random) -> None:
     def flip(content: bytearray) -> bytearray:
         content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
         return content
 
-    damaged(folder, rng, flip)
+    damaged(run, rng, flip)
 
 
 class _Touch:
@@ -173,14 +218,14 @@ class _Touch:
         return os.system, (f"touch '{self.path}'",)
 
 
-def foreign(folder: Path, rng: random.Random) -> None:
+def foreign(run: Trial, rng: random.Random) -> None:
     """A pickle, a zip, or another arm's checkpoint where this run's was."""
-    stopped_half_way(folder, rng)
-    states = sorted(folder.glob("checkpoints/*/*.state"))
+    stopped_half_way(run, rng)
+    states = sorted(run.folder.glob("checkpoints/*/*.state"))
     victim = rng.choice(states)
     kind = rng.choice(("pickle", "zip", "arm"))
     if kind == "pickle":
-        victim.write_bytes(pickle.dumps(_Touch(Path(f"{folder}.pwned"))))
+        victim.write_bytes(pickle.dumps(_Touch(Path(f"{run.folder}.pwned"))))
     elif kind == "zip":
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w") as archive:
@@ -193,18 +238,18 @@ def foreign(folder: Path, rng: random.Random) -> None:
         manifest.write_text(json.dumps(content))
 
 
-def full_disk(folder: Path, rng: random.Random) -> None:
+def full_disk(run: Trial, rng: random.Random) -> None:
     limit = int(10 ** rng.uniform(3.5, 5))
 
     def before() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
-    finish(folder, before=before)
+    run.finish(before=before)
 
 
-def not_finite(folder: Path, rng: random.Random) -> None:
+def not_finite(run: Trial, rng: random.Random) -> None:
     """The loss of one step is NaN: the run must stop before taking it."""
-    number = rng.randrange(48)
+    number = rng.randrange(run.kind.steps)
 
     def before() -> None:
         weighted, count = training.weighted_loss, iter(range(10**6))
@@ -212,13 +257,13 @@ def not_finite(folder: Path, rng: random.Random) -> None:
             weighted(*a) * (float("nan") if next(count) == number else 1.0)
         )
 
-    code = finish(folder, before=before)
-    assert code == 1 and "stopped:" in said(folder), said(folder)
+    code = run.finish(before=before)
+    assert code == 1 and "stopped:" in run.said, run.said
 
 
-def out_of_memory(folder: Path, rng: random.Random) -> None:
+def out_of_memory(run: Trial, rng: random.Random) -> None:
     """Some passes run out of memory, in training or evaluation; the run itself goes on."""
-    failing = set(rng.sample(range(100), 3))
+    failing = set(rng.sample(range(2 * run.kind.steps), 3))
     places = (training, "run_part"), (training, "weighted_loss"), (evaluation, "batch_losses")
     module, name = rng.choice(places)
 
@@ -232,12 +277,12 @@ def out_of_memory(folder: Path, rng: random.Random) -> None:
 
         setattr(module, name, fail)
 
-    assert finish(folder, before=before) == 0, said(folder)
+    assert run.finish(before=before) == 0, run.said
 
 
-FAULTS: dict[str, tuple[int, Callable[[Path, random.Random], None]]] = {
-    "SIGKILL": (6, lambda folder, rng: killed(folder, rng, signal.SIGKILL)),
-    "SIGTERM": (3, lambda folder, rng: killed(folder, rng, signal.SIGTERM)),
+FAULTS: dict[str, tuple[int, Callable[[Trial, random.Random], None]]] = {
+    "SIGKILL": (6, lambda run, rng: killed(run, rng, signal.SIGKILL)),
+    "SIGTERM": (3, lambda run, rng: killed(run, rng, signal.SIGTERM)),
     "truncated file": (3, truncated),
     "flipped bit": (3, flipped),
     "foreign file": (2, foreign),
@@ -273,23 +318,24 @@ def near(one: tuple, two: tuple) -> bool:
     )
 
 
-def trial(name: str, folder: Path, rng: random.Random, wanted: tuple) -> str:
+def outcome_after(name: str, run: Trial, rng: random.Random, wanted: tuple) -> str:
     """Inject one fault and rerun: what became of it, a name of OUTCOMES."""
-    FAULTS[name][1](folder, rng)
+    FAULTS[name][1](run, rng)
+    folder = run.folder
     done, saved = epochs_done(folder), unfinished(folder)
-    code = finish(folder)
+    code = run.finish()
     if Path(f"{folder}.pwned").exists():
         return "silently_wrong"
-    if code == 2 and ": error: " in said(folder):
+    if code == 2 and ": error: " in run.said:
         # the folder must be as it was, and --restart must be a way out of it
         lost = epochs_done(folder) < done
-        again = finish(folder, "--restart")
+        again = run.finish("--restart")
         whole = again == 0 and outcome_of(folder) == wanted
         return "lost_epochs" if lost else "refused" if whole else "silently_wrong"
     if code != 0:
-        print(said(folder), file=sys.stderr)
+        print(run.said, file=sys.stderr)
         return "silently_wrong"
-    went_on = dict(re.findall(r"(\w+), seed 0: going on from step (\d+)", said(folder)))
+    went_on = dict(re.findall(r"(\w+), seed 0: going on from step (\d+)", run.said))
     if name not in DAMAGING and any(int(went_on.get(a, -1)) < s for a, s in saved.items()):
         return "lost_epochs"
     found = outcome_of(folder)
@@ -300,7 +346,6 @@ def trial(name: str, folder: Path, rng: random.Random, wanted: tuple) -> str:
 def checkpoint_costs(folder: Path) -> dict[str, float]:
     """Seconds of a save, a load and a step of Model 3 at the published small size."""
     import batches
-    import data
     from arms import ARMS
     from common import StudyModel
     from training import Fit, Recipe
@@ -344,26 +389,32 @@ def main() -> None:
     rng = random.Random(options.seed)
     weights = [weight for weight, _ in FAULTS.values()]
     drawn = rng.choices(list(FAULTS), weights, k=options.faults)
-    counts = {name: Counter() for name in FAULTS}
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "whole"
-        assert finish(folder) == 0, said(folder)
-        wanted = outcome_of(folder)
+        paths = kinds(Path(scratch))
+        counts = {(path, name): Counter() for path in paths for name in FAULTS}
+        wanted = {}
+        for path, kind in paths.items():
+            run = Trial(kind, Path(scratch) / path)
+            assert run.finish() == 0, run.said
+            wanted[path] = outcome_of(run.folder)
         for number, name in enumerate(drawn):
-            folder = Path(scratch) / str(number)
+            path = list(paths)[number % len(paths)]
+            run = Trial(paths[path], Path(scratch) / str(number))
             try:
-                result = trial(name, folder, random.Random(f"{options.seed}/{number}"), wanted)
+                chance = random.Random(f"{options.seed}/{number}")
+                result = outcome_after(name, run, chance, wanted[path])
             except Exception as error:  # a fault that did not do what it says counts against us
                 print(f"{number}: {type(error).__name__}: {error}", flush=True)
                 result = "silently_wrong"
-            counts[name][result] += 1
+            counts[path, name][result] += 1
             seconds = time.monotonic() - started
-            told = f"\n{said(folder)}" if result in OUTCOMES[2:] else ""
+            told = f"\n{run.said}" if result in OUTCOMES[2:] else ""
             print(
-                f"{number} of {options.faults}, {seconds:.0f} s: {name}: {result}{told}", flush=True
+                f"{number} of {options.faults}, {seconds:.0f} s: {path}, {name}: {result}{told}",
+                flush=True,
             )
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(run.folder, ignore_errors=True)
         costs = checkpoint_costs(Path(scratch) / "costs")
     facts = provenance(torch.device("cpu"))
     result = {
@@ -376,8 +427,9 @@ def main() -> None:
         "seconds": time.monotonic() - started,
         "checkpoint": costs,
         "rows": [
-            {"fault": name, "injected": sum(c.values()), **{o: c[o] for o in OUTCOMES}}
-            for name, c in counts.items()
+            {"path": path, "fault": name, "injected": sum(c.values())}
+            | {outcome: c[outcome] for outcome in OUTCOMES}
+            for (path, name), c in counts.items()
         ],
     }
     for row in result["rows"]:

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import random
 import resource
 import socket
 import sys
@@ -29,6 +30,7 @@ import memory
 import reporter
 import study
 import training
+from benchmarks import faults as campaign
 from checkpoints import CheckpointStore
 from common import UserError
 from files import NoRoomError
@@ -62,6 +64,28 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     assert in_child(lambda: command(folder)) == 0
     return weights_in(folder)
+
+
+# one fault of each kind on the QLoRA path; the campaign of benchmarks/faults.py has hundreds
+
+
+@pytest.fixture(scope="module")
+def qlora(tmp_path_factory):
+    """The QLoRA path of the campaign, and what it gives when left alone."""
+    folder = tmp_path_factory.mktemp("qlora")
+    kind = campaign.kinds(folder)["QLoRA"]
+    run = campaign.Trial(kind, folder / "whole")
+    assert run.finish() == 0, run.said
+    return kind, campaign.outcome_of(run.folder)
+
+
+@pytest.mark.parametrize("fault", campaign.FAULTS)
+def test_a_fault_on_the_qlora_path_is_recovered_or_refused(qlora, tmp_path, fault):
+    kind, whole = qlora
+    run = campaign.Trial(kind, tmp_path / "run")
+    outcome = campaign.outcome_after(fault, run, random.Random(fault), whole)
+    assert outcome in ("recovered", "refused"), run.said
+    assert whole[3]  # adapters were compared
 
 
 # a full disk
