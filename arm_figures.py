@@ -21,7 +21,7 @@ from drawing import (
     headline,
     style,
 )
-from tables import TITLES, interval, subject, title_of
+from values import TITLES, interval, subject, title_of
 
 _TRAINED, _UNTRAINED, _RANDOM = ("A4", "engram"), ("A6", "engram"), ("A1", "engram")
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from schema import ReportError, count, is_number, mismatches, positive, read_json
-from tables import MISSING, NONE, markdown, title_of
+from tables import markdown
+from values import MISSING, NONE, title_of
 
 SMALL_COSTS = ("published_seconds", "ours_seconds", "ratio", "published_peak_mb", "ours_peak_mb")
 QLORA_COSTS = {

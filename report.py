@@ -8,7 +8,8 @@
 
 A table stands between `<!-- table:NAME -->` and `<!-- end -->`, each on a line of its own; a number
 in a sentence between `<!-- v:NAME -->` and `<!-- /v -->`. NAME of a table is KEY-KIND, KEY one of
-KEYS or a subfolder's (`7b/SmolLM2-135M`), KIND one of KINDS or `provenance`; or one of BENCHMARKS.
+KEYS or a subfolder's (`7b/SmolLM2-135M`), KIND one of KINDS or `provenance`; or `all-verdicts`, or
+one of BENCHMARKS.
 NAME of a number is a key of `values` (`--names` lists them).
 """
 
@@ -43,7 +44,8 @@ from schema import (
     read_studies,
     read_study,
 )
-from tables import table, values
+from tables import table
+from values import values
 
 ROOT = Path(__file__).resolve().parent
 DOCUMENTS = ("README.md", "FINDINGS.md")

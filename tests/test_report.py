@@ -15,6 +15,7 @@ import figures
 import report
 import schema
 import tables
+import values
 
 ITEMS, CLASSES, WIDTH = 60, 2, 8
 EPOCHS = 3
@@ -260,7 +261,7 @@ def test_check_notices(checkout, capsys, damage, told):
 
 
 def test_prose_may_hold_rendered_decimals_only(checkout):
-    shown = tables.values(report.read_studies(checkout))["small.dual.accuracy"].split()[0]
+    shown = values.values(report.read_studies(checkout))["small.dual.accuracy"].split()[0]
     with (checkout / "FINDINGS.md").open("a") as file:
         file.write(f"\nModel 2 reaches {shown}, on Qwen2.5-7B, 95 % of the time, not 0.1234.\n")
     (problem,) = report.check(checkout)
@@ -285,7 +286,7 @@ def test_a_checkout_without_results_checks(tmp_path):
 def test_a_study_not_run_shows_what_was_published(checkout):
     (checkout / "results" / "results.json").unlink()
     studies = report.read_studies(checkout)
-    text = tables.table("small-accuracy", studies, tables.values(studies))
+    text = tables.table("small-accuracy", studies, values.values(studies))
     assert text.splitlines()[2:] == [
         "| arm | published, best epoch | published, last epoch | ours |",
         "| --- | --- | --- | --- |",
@@ -298,7 +299,7 @@ def test_another_backbone_gets_its_own_table_without_published_columns(checkout)
     folder = checkout / "results_7b" / "SmolLM2-135M"
     write_study(folder, seeds=1, own=False, name="Rotten Tomatoes")
     studies = report.read_studies(checkout)
-    shown = tables.values(studies)
+    shown = values.values(studies)
     text = tables.table("7b/SmolLM2-135M-accuracy", studies, shown)
     assert "published" not in text.splitlines()[2]
     assert "Rotten Tomatoes (not the study's data set): 60 validation items" in text
@@ -309,9 +310,9 @@ def test_another_backbone_gets_its_own_table_without_published_columns(checkout)
 
 def test_published_figures_of_another_backbone_are_not_comparable(checkout):
     study = report.read_study(checkout / "results")
-    assert tables.is_comparable(study.results, study.published)
+    assert values.is_comparable(study.results, study.published)
     other = {**study.published, "protocol": {"backbone": "Qwen/Qwen2.5-7B"}}
-    assert not tables.is_comparable(study.results, other)
+    assert not values.is_comparable(study.results, other)
 
 
 def test_benchmark_table(checkout):
@@ -375,19 +376,19 @@ def test_qlora_benchmark_names_data_set_arm_and_contender():
 
 def test_list_elements_are_named_by_what_tells_them_apart():
     rows = [{"id": "P1", "p": 0.25}, {"id": "P2", "p": 0.00001}]
-    assert dict(tables._flat(rows, "x")) == {
+    assert dict(values.flat(rows, "x")) == {
         **{"x.P1.id": "P1", "x.P1.p": "0.250", "x.P2.id": "P2", "x.P2.p": "1.0e-05"}
     }
     rows = [{"arm": "dual", "k": 2}, {"arm": "dual", "k": 3}]
-    assert {"x.0.k", "x.1.k"} < set(dict(tables._flat(rows, "x")))
-    assert dict(tables._flat([0.5, 1.5], "x")) == {"x.0": "0.500", "x.1": "1.500"}
+    assert {"x.0.k", "x.1.k"} < set(dict(values.flat(rows, "x")))
+    assert dict(values.flat([0.5, 1.5], "x")) == {"x.0": "0.500", "x.1": "1.500"}
 
 
 def test_interval_covers_the_mean_as_often_as_it_says():
     rng = np.random.default_rng(0)
-    found = [tables.interval(list(rng.normal(size=5))) for _ in range(2000)]
+    found = [values.interval(list(rng.normal(size=5))) for _ in range(2000)]
     assert 0.93 < np.mean([i.low < 0 < i.high for i in found]) < 0.97
-    assert str(tables.interval([0.5])) == "0.500 (n = 1)"
+    assert str(values.interval([0.5])) == "0.500 (n = 1)"
 
 
 def test_effective_rank_of_the_spectrum_is_the_metric():
@@ -406,7 +407,7 @@ def test_analyse_stores_what_the_analysis_returns(checkout, monkeypatch):
     monkeypatch.setitem(sys.modules, "analysis", type("analysis", (), {"analyse": fake}))
     assert report.main(["--analyse", str(checkout / "results")], checkout) == 0
     studies = report.read_studies(checkout)
-    assert tables.values(studies)["small.analysis.contrasts.P1.p"] == "60.000"
+    assert values.values(studies)["small.analysis.contrasts.P1.p"] == "60.000"
 
 
 def test_drawing_a_folder_without_results_is_one_line(tmp_path, capsys):
@@ -459,7 +460,7 @@ def test_lists_of_the_analysis_become_tables(checkout):
         ],
     }  # fmt: skip
     study = schema.Study(checkout, results, None)
-    known = tables.values({"small": study})
+    known = values.values({"small": study})
     claims, contrasts = (
         tables.table(f"small-{kind}", {"small": study}, known).splitlines()
         for kind in ("claims", "contrasts")
@@ -468,6 +469,26 @@ def test_lists_of_the_analysis_become_tables(checkout):
     assert claims[4].startswith(row)
     assert claims[5].startswith("| it gains | - | - | - | - |")
     assert "| 0.100 [0.000, 0.200] (1 seed) | 0.500 | yes (within 0.050) |" in contrasts[4]
+
+
+def test_the_verdicts_of_every_scale_stand_side_by_side(checkout):
+    results = json.loads((checkout / "results" / "results.json").read_text())
+    assert set(tables.MAIN_ARMS) <= results["rows"].keys()
+    row = {"id": "x", "claim": "it clusters", "verdict": "not decided"}
+    row |= {"ours": {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 3}}
+    results["dataset"]["own"] = True
+    results["analysis"] = {"claims": [row]}
+    fewer = json.loads(json.dumps(results))
+    fewer["dataset"]["train_rows"] = 20_000
+    fewer["analysis"]["claims"] += [row | {"id": "y", "claim": "it gains", "ours": {"mean": None}}]
+    foreign = json.loads(json.dumps(results))
+    foreign["dataset"] |= {"own": False, "name": "my texts"}
+    found = {"a": results, "b": fewer, "c": foreign}
+    studies = {name: schema.Study(checkout, each, None) for name, each in found.items()}
+    header, _, *rows = tables.table("all-verdicts", studies, {}).splitlines()[2:]
+    assert "20,000 texts" in header and "my texts" not in header
+    assert rows[0].count("not decided: 0.500 [0.400, 0.600] (3 seeds)") == 2
+    assert rows[1] == "| it gains | - | not decided |"
 
 
 def test_the_verdicts_table_says_how_often_they_came_out_as_planted(tmp_path):
