@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 
 import measures
 from clustering import kmeans
-from inference import Statistic, difference_p, interval, item_weights, share_statistic
+from inference import Statistic, adjust, difference_p, interval, item_weights, share_statistic
 from pairs import TASKS
 from scores import Run, Scores, read_runs
 
@@ -137,7 +137,7 @@ def score(features: Mapping[str, np.ndarray], seed: int = 0, settings: Settings 
     return {
         "settings": asdict(settings) | {"seed": seed, "items": len(labels[TASKS[0]])},
         "two-labels": rows,
-        "kept": list(_kept(scores, conditions)),
+        "kept": adjust(list(_kept(scores, conditions))),
         "evidence": evidence(rows),
     }
 
@@ -209,6 +209,7 @@ def _kept(scores: Scores, conditions: list[str]):
                 "id": f"{task}: {name}",
                 "task": task,
                 "name": name,
+                "family": "exploratory",
                 "difference": asdict(interval(values, draws)),
                 "p": difference_p(values, draws),
             }

@@ -119,6 +119,7 @@ ANALYSES = {  # kind: columns of the list of that name in `analysis`
         ("probe of the other label", "name"),
         ("difference", "difference"),
         ("p", "p"),
+        ("adjusted p", "p_adjusted"),
     ),
 }
 VERDICTS = "all-verdicts"  # the one table across results folders
