@@ -90,7 +90,9 @@ def _qlora_table(found: Mapping, shown: Mapping[str, str]) -> tuple:
         for name, case, contender, _ in _qlora_cases(found)
     ]
     told = {f"{c['backbone']} on {c['machine']}, {c['date']}" for c in found["cases"]}
-    sizes = {f"{c['rounds']} rounds, {c['steps']} steps in each" for c in found["cases"]}
+    sizes = {
+        f"{c['rounds']} rounds of {c['steps']} step{'s' * (c['steps'] > 1)}" for c in found["cases"]
+    }
     caption = f"{'; '.join(sorted(told))}; batches of 16; medians ({'; '.join(sorted(sizes))})"
     return f"{caption}; loss: mean of the last round's steps.", header, rows
 
