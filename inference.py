@@ -136,7 +136,7 @@ def cosine_gap_draws(
 
     Items are resampled, never pairs, and a pair of copies of one item is no pair: with unit rows
     u, S_c = sum w_i u_i and q_c = sum w_i^2, within = sum_c (|S_c|^2 - q_c) / sum_c (n_c^2 - q_c).
-    The centre is the sample's own.
+    The centre is the sample's own. nan where a resample has no such pair.
     """
     x = np.asarray(x, np.float64)
     x = x - x.mean(0) if centre else x
@@ -153,8 +153,8 @@ def cosine_gap_draws(
         squares, whole = (sums**2).sum((1, 2)), (sums.sum(1) ** 2).sum(1)
         same = (n**2 - q).sum(1)
         other = n.sum(1) ** 2 - (n**2).sum(1)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            out[start : start + CHUNK] = (squares - own.sum(1)) / same - (whole - squares) / other
+        same, other = (np.where(pairs > 0, pairs, np.nan) for pairs in (same, other))
+        out[start : start + CHUNK] = (squares - own.sum(1)) / same - (whole - squares) / other
     return out
 
 

@@ -214,6 +214,8 @@ def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
 def _analysis(results: Mapping, kind: str) -> str:
     """One of the lists of `analysis`, columns that hold nothing left out."""
     columns, listed = ANALYSES[kind], results["analysis"].get(kind, [])
+    # the primary contrasts are adjusted together, measured or not, and are all shown
+    listed = [r for r in listed if r.get("family") != "exploratory" or r.get("n_seeds") != 0]
     rows = [[_cell(row.get(key) if key else row, key) for _, key in columns] for row in listed]
     if kind in _LABELS:
         rows = [row for row in rows if set(row[_LABELS[kind] :]) != {NONE}]
