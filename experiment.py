@@ -20,6 +20,7 @@ import torch
 import batches
 import cli
 import data
+import flags
 from arms import Arm
 from study import Study, run_study
 from training import prepare_cpu
@@ -32,17 +33,17 @@ SEEDS_ELSEWHERE = [0]
 
 
 @dataclass(frozen=True)
-class Config(cli.StudyConfig):
-    """The published small recipe; the shared flags and their defaults are in cli.StudyConfig."""
+class Config(flags.StudyConfig):
+    """The published small recipe; the shared flags and their defaults are in flags.StudyConfig."""
 
-    vocabulary: int = cli.option(8000, "words, from the training texts only", low=3)
-    width: int = cli.option(128, "hidden width", low=4)
-    heads: int = cli.option(4, "attention heads", low=1)
-    inner: int = cli.option(256, "feed-forward width", low=1)
-    layers: int = cli.option(2, "transformer layers", low=1)
-    dropout: float = cli.option(0.1, "dropout of the transformer", low=0.0, high=0.9)
-    embedding_std: float = cli.option(0.02, "of the initial token embedding", above=0.0)
-    window: int = cli.option(
+    vocabulary: int = flags.option(8000, "words, from the training texts only", low=3)
+    width: int = flags.option(128, "hidden width", low=4)
+    heads: int = flags.option(4, "attention heads", low=1)
+    inner: int = flags.option(256, "feed-forward width", low=1)
+    layers: int = flags.option(2, "transformer layers", low=1)
+    dropout: float = flags.option(0.1, "dropout of the transformer", low=0.0, high=0.9)
+    embedding_std: float = flags.option(0.02, "of the initial token embedding", above=0.0)
+    window: int = flags.option(
         0, "batches whose texts are sorted by length together (0: random batches)", low=0
     )
 
@@ -105,7 +106,7 @@ def backbone_name(config: Config) -> str:
 
 
 def main(argv: Sequence[str], stop: cli.StopSignals) -> None:
-    config = cli.parse(Config, argv, __doc__)
+    config = flags.parse(Config, argv, __doc__)
     cli.require_writable(Path(config.out or RESULTS))
     # a run of seconds gains nothing from threads, and loses much to them on a busy machine
     prepare_cpu(config.threads or (1 if config.smoke else None), config.jobs, config.deterministic)
@@ -118,7 +119,7 @@ def main(argv: Sequence[str], stop: cli.StopSignals) -> None:
         script=Path(__file__).name,
         backbone=backbone_name(config),
         config=config,
-        recipe=cli.recipe_of(config, schedule="cosine-epoch", window=config.window),
+        recipe=flags.recipe_of(config, schedule="cosine-epoch", window=config.window),
         dataset=dataset,
         train=batches.encode(dataset.train, vocabulary.encode, config.max_tokens),
         evaluation=batches.encode(dataset.evaluation, vocabulary.encode, config.max_tokens),

@@ -23,6 +23,7 @@ import backbones
 import batches
 import cli
 import data
+import flags
 import pretrained
 from common import StudyModel
 from study import Study, run_study
@@ -37,40 +38,40 @@ WARMUP = 0.05  # of all steps
 
 
 @dataclass(frozen=True)
-class Config(cli.StudyConfig):
-    """The published AG News recipe; the shared flags and their defaults are in cli.StudyConfig."""
+class Config(flags.StudyConfig):
+    """The published AG News recipe; the shared ones are in flags.StudyConfig."""
 
-    epochs: int = cli.option(3, "passes over the training texts", low=1)
-    batch_size: int = cli.option(16, "texts per optimizer step", low=1)
-    lr: float = cli.option(2e-4, "peak learning rate", above=0.0)
-    lr_grid: list[float] = cli.option(
+    epochs: int = flags.option(3, "passes over the training texts", low=1)
+    batch_size: int = flags.option(16, "texts per optimizer step", low=1)
+    lr: float = flags.option(2e-4, "peak learning rate", above=0.0)
+    lr_grid: list[float] = flags.option(
         [1e-4, 2e-4, 4e-4],
         "rates of which a tuned arm takes the best on a dev split of the training texts",
         above=0.0,
     )
-    engram_dim: int = cli.option(128, "width of the engram", low=1)
-    max_tokens: int = cli.option(
+    engram_dim: int = flags.option(128, "width of the engram", low=1)
+    max_tokens: int = flags.option(
         256, "longest text in tokens; longer ones are cut and counted", low=2
     )
-    backbone: str = cli.option(BACKBONE, "hub id, local folder or GGUF file of any causal LM")
-    quantise: str = cli.option("nf4", "how the frozen weights are kept", choices=("nf4", "none"))
-    dtype: str = cli.option(
+    backbone: str = flags.option(BACKBONE, "hub id, local folder or GGUF file of any causal LM")
+    quantise: str = flags.option("nf4", "how the frozen weights are kept", choices=("nf4", "none"))
+    dtype: str = flags.option(
         "auto",
         "compute type; auto: bfloat16, or float32 on a GPU without it",
         choices=("auto", "bfloat16", "float32"),
     )
-    lora_targets: list[str] | None = cli.option(
+    lora_targets: list[str] | None = flags.option(
         None, "last names of the layers that get LoRA (default: the seven projections, or found)"
     )
-    micro_batch_tokens: int = cli.option(
+    micro_batch_tokens: int = flags.option(
         1800, "most tokens of one pass; a longer step is split, its loss stays the same", low=2
     )
-    gradient_checkpointing: str = cli.option(
+    gradient_checkpointing: str = flags.option(
         "auto",
         "compute activations again in the backward pass; auto: where they would not fit",
         choices=("auto", "on", "off"),
     )
-    vram_gib: float | None = cli.option(None, "cap on GPU memory, in GiB", above=0.0)
+    vram_gib: float | None = flags.option(None, "cap on GPU memory, in GiB", above=0.0)
 
 
 def load_dataset(config: Config) -> data.Dataset:
@@ -121,11 +122,11 @@ def results_folder(config: Config, dataset: data.Dataset, slug: str) -> Path:
 
 
 def main(argv: Sequence[str], stop: cli.StopSignals) -> None:
-    config = cli.parse(Config, argv, __doc__)
+    config = flags.parse(Config, argv, __doc__)
     cli.require_writable(Path(config.out or RESULTS))
     threads = config.threads or (1 if config.smoke else None)
     prepare_cpu(threads, config.jobs, config.deterministic)
-    recipe = cli.recipe_of(
+    recipe = flags.recipe_of(
         config, schedule="cosine", warmup=WARMUP, micro_batch_tokens=config.micro_batch_tokens
     )
     dataset = load_dataset(config)

@@ -14,11 +14,12 @@ import torch
 import tuning
 from arms import ARMS, Arm
 from checkpoints import CheckpointStore
-from cli import StopSignals, StudyConfig
+from cli import StopSignals
 from clustering import adjusted_rand, cluster_accuracy, engram_metrics, kmeans, nearest_centroid
 from common import StudyModel, UserError
 from evaluation import Evaluation, evaluate_modes
 from files import plain
+from flags import StudyConfig
 from gradients import Audit
 from reporter import Reporter
 from results import ResultsFolder, commit

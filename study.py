@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-import cli
+import flags
 from arms import Arm
 from batches import Encoded
-from cli import FREE, StopSignals, StudyConfig
+from cli import StopSignals
 from common import StudyModel
 from data import Dataset
+from flags import FREE, StudyConfig
 from results import ResultsFolder, provenance
 from runs import arm_for, train_one, tune
 from training import Recipe
@@ -61,7 +62,7 @@ def identity_of(study: Study) -> dict[str, Any]:
 
 def departures(config: StudyConfig) -> list[str]:
     """The flags that are off their defaults and make it another run, for tables and figures."""
-    usual = cli.defaults_of(type(config))
+    usual = flags.defaults_of(type(config))
     return [
         f"{name.replace('_', '-')} {value}"
         for name, value in asdict(config).items()
@@ -72,7 +73,7 @@ def departures(config: StudyConfig) -> list[str]:
 def identity_defaults(config: StudyConfig) -> dict[str, Any]:
     """Defaults of an identity's keys, for results older than a key."""
     recipe = {f"recipe.{f.name}": f.default for f in dataclasses.fields(Recipe)}
-    return cli.defaults_of(type(config)) | recipe
+    return flags.defaults_of(type(config)) | recipe
 
 
 def run_study(study: Study, out: Path, seeds: list[int], stop: StopSignals) -> Path:

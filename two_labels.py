@@ -20,10 +20,12 @@ from pathlib import Path
 
 import torch
 
+import arms
 import batches
 import cli
 import data
 import experiment
+import flags
 import pairs
 from results import ResultsFolder
 from runs import arm_for, train_one
@@ -49,10 +51,10 @@ FOREIGN = ("data", "text_column", "label_column", "labels", "label_offset")
 class Config(experiment.Config):
     """The small recipe; each text's two parts have half of --max-tokens words each."""
 
-    sst2: str | None = cli.option(None, "SST-2: hub id, file or folder (default: the hub's)")
-    agnews: str | None = cli.option(None, "AG News: hub id, file or folder (default: the hub's)")
-    arms: list[str] = cli.option(
-        ARMS, "conditions to train, on each label where they learn one", choices=tuple(cli.ARMS)
+    sst2: str | None = flags.option(None, "SST-2: hub id, file or folder (default: the hub's)")
+    agnews: str | None = flags.option(None, "AG News: hub id, file or folder (default: the hub's)")
+    arms: list[str] = flags.option(
+        ARMS, "conditions to train, on each label where they learn one", choices=tuple(arms.ARMS)
     )
 
 
@@ -74,7 +76,7 @@ def conditions_of(config: Config) -> dict[str, tuple[str, str]]:
     """(arm, task) by condition, TASK-ARM; an arm that learns no label runs once, as "neither"."""
     out = {}
     for name in config.arms:
-        arm = cli.ARMS[name]
+        arm = arms.ARMS[name]
         if arm.has_prefix or arm.feedback == "unused":
             learns = arm.cls_weight > 0 and arm.train
             for task in pairs.TASKS if learns else ("neither",):
@@ -86,7 +88,7 @@ def conditions_of(config: Config) -> dict[str, tuple[str, str]]:
 
 def check(config: Config) -> None:
     """Refuse flags that mean nothing here."""
-    usual = cli.defaults_of(Config)
+    usual = flags.defaults_of(Config)
     for name in FOREIGN:
         if getattr(config, name) != usual[name]:
             flag = f"--{name.replace('_', '-')}"
@@ -103,7 +105,7 @@ def studies_of(config: Config, joint: pairs.Pairs) -> dict[str, Study]:
             script=Path(__file__).name,
             backbone=experiment.backbone_name(config),
             config=config,
-            recipe=cli.recipe_of(config, schedule="cosine-epoch", window=config.window),
+            recipe=flags.recipe_of(config, schedule="cosine-epoch", window=config.window),
             dataset=dataset,
             train=batches.encode(dataset.train, vocabulary.encode, config.max_tokens),
             evaluation=batches.encode(dataset.evaluation, vocabulary.encode, config.max_tokens),
@@ -129,7 +131,7 @@ def analyse(folder: ResultsFolder, smoke: bool) -> None:
 
 
 def main(argv: Sequence[str], stop: cli.StopSignals) -> None:
-    config = cli.parse(Config, argv, __doc__)
+    config = flags.parse(Config, argv, __doc__)
     out = Path(config.out or (SMOKE if config.smoke else RESULTS))
     cli.require_writable(out)
     # a run of seconds gains nothing from threads, and loses much to them on a busy machine

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from cli import StopSignals, StudyConfig
+from cli import StopSignals
+from flags import StudyConfig
 from training import Interrupted
 
 Task = tuple[int, str]

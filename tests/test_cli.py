@@ -8,13 +8,14 @@ import pytest
 
 import cli
 import experiment
+import flags
 from arms import MAIN_ARMS
 from common import UserError
 from training import Interrupted, NonFiniteError
 
 
 def parse(*words):
-    return cli.parse(experiment.Config, words, "test")
+    return flags.parse(experiment.Config, words, "test")
 
 
 def test_defaults_are_the_published_recipe():
@@ -22,7 +23,7 @@ def test_defaults_are_the_published_recipe():
     assert (config.epochs, config.lr, config.batch_size, config.engram_dim) == (8, 3e-4, 64, 32)
     assert config.arms == ["classification", "dual", "dual_engram"]
     assert dataclasses.asdict(config) == dataclasses.asdict(experiment.Config())
-    assert cli.defaults_of(experiment.Config) == dataclasses.asdict(config)
+    assert flags.defaults_of(experiment.Config) == dataclasses.asdict(config)
 
 
 def test_values_lists_and_switches():

@@ -26,6 +26,7 @@ import evaluation
 import experiment
 import experiment_7b
 import files
+import flags
 import memory
 import reporter
 import study
@@ -340,7 +341,7 @@ def test_stop_after_saves_exits_with_zero_and_a_rerun_goes_on(tmp_path, whole, c
 
 @pytest.mark.parametrize(("text", "seconds"), [("5h", 18000), ("90m", 5400), ("1.5s", 1.5)])
 def test_times(text, seconds):
-    assert cli.parse(experiment.Config, ["--stop-after", text], "").stop_after == text
+    assert flags.parse(experiment.Config, ["--stop-after", text], "").stop_after == text
     stop = cli.StopSignals()
     stop.after(text)
     stop.started -= seconds - 0.5
@@ -353,7 +354,7 @@ def test_times(text, seconds):
 @pytest.mark.parametrize("text", ["5", "h", "5d", "-1h", "1e3s"])
 def test_what_is_no_time_is_refused(text):
     with pytest.raises(UserError, match=r"must be a time such as 5h|expected one argument"):
-        cli.parse(experiment.Config, ["--stop-after", text], "")
+        flags.parse(experiment.Config, ["--stop-after", text], "")
 
 
 # nobody reads
