@@ -19,7 +19,7 @@ from threadpoolctl import threadpool_limits
 import audits
 import measures
 import tuning
-from claims import Evidence, verdicts
+from claims import verdicts
 from clustering import adjusted_rand, cluster_accuracy, cosine_gap, kmeans
 from contrasts import CONTRASTS, against_published, evaluate
 from files import plain
@@ -32,6 +32,7 @@ from inference import (
     resample,
     share_statistic,
 )
+from rules import Evidence
 from scores import Run, Scores, read_runs
 
 FLOOR = "untrained"  # its engram is a random compressor on an untrained network: A6

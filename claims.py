@@ -1,21 +1,31 @@
 """The rules by which each claim of the study is answered: written, as data, before any number.
 
-CLAIMS are the rows of the verdict table. A rule sees an `Evidence` and answers supported, not
-supported or not decided. What was not measured decides nothing, nor do fewer than MIN_SEEDS seeds:
-one pair of networks says nothing about arms.
+CLAIMS are the rows of the verdict table. A rule sees an `Evidence` and answers with a word
+of rules.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from contrasts import B2, M1, M2, M3, published_figure
-from inference import ALPHA, ARI_MARGIN
+from inference import ARI_MARGIN
+from rules import (
+    MIN_SEEDS,
+    OPEN,
+    REFUTED,
+    SUPPORTED,
+    Evidence,
+    Verdict,
+    decide,
+    decide_equal,
+    decide_interval,
+    every,
+    some,
+)
 
-MIN_SEEDS = 3
 SHARE_MARGIN = 0.05  # of a gradient: less along the class means than that is no mechanism
-SUPPORTED, REFUTED, OPEN = "supported", "not supported", "not decided"
 
 
 def _published_gain(first: str, second: str) -> Callable[[Mapping], float | None]:
@@ -28,113 +38,6 @@ def _published_gain(first: str, second: str) -> Callable[[Mapping], float | None
 
 def _published_ranks(published: Mapping) -> dict | None:
     return published.get("effective_rank")
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What the rules see.
-
-    Args:
-        contrasts: rows by id, adjusted; controls: rows.
-        classes: C. slug, dataset, backbone: as in results.json.
-        measured: {claim id: {mean, low, high, n_seeds}} from other scripts; above 0 is in favour.
-        published: that study's block of the published figures.
-    """
-
-    contrasts: Mapping[str, Mapping]
-    controls: Sequence[Mapping]
-    classes: int
-    slug: str | None
-    dataset: str
-    backbone: str
-    measured: Mapping[str, Mapping]
-    published: Mapping
-
-    def control(self, control: str, name: str, arm: str, representation: str = "engram") -> Mapping:
-        """The control's row, empty if there is none."""
-        wanted = (control, name, arm, representation)
-        for row in self.controls:
-            if (row["control"], row["name"], row["arm"], row["representation"]) == wanted:
-                return row
-        return {}
-
-    @property
-    def engram(self) -> Mapping:
-        return self.control("A4", "trained", M3)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """One of SUPPORTED, REFUTED, OPEN, and why in a few words."""
-
-    verdict: str
-    because: str
-
-
-def decide(row: Mapping | None, direction: int = 1) -> Verdict:
-    """Whether a contrast supports a difference in a direction (1 or -1).
-
-    Supported: adjusted p below ALPHA, the interval on that side of 0. Not supported: the same on
-    the other side, or equivalence shown. A missing effect alone decides nothing.
-    """
-    if not row or row["estimate"] is None:
-        return Verdict(OPEN, f"{row['id']} not measured" if row else "not measured")
-    name, seeds = row["id"], row["n_seeds"]
-    if seeds < MIN_SEEDS:
-        return Verdict(OPEN, f"{name}: {seeds} of {MIN_SEEDS} seeds")
-    low, high = row["low"], row["high"]
-    if row["p_adjusted"] < ALPHA and (low > 0 or high < 0):
-        if low * direction > 0:
-            return Verdict(SUPPORTED, f"{name} is significant")
-        return Verdict(REFUTED, f"{name} is significant the other way")
-    if row["equivalence"] and row["equivalence"]["equivalent"]:
-        return Verdict(REFUTED, f"{name}: equivalent within the margin")
-    return Verdict(OPEN, f"{name}: neither a difference nor equivalence shown")
-
-
-def decide_equal(row: Mapping | None) -> Verdict:
-    """Whether a contrast shows that there is no difference: equivalence supports it."""
-    found = decide(row)
-    if not row or row["estimate"] is None or row["n_seeds"] < MIN_SEEDS:
-        return found
-    if row["equivalence"]["equivalent"]:
-        return Verdict(SUPPORTED, f"{row['id']}: equivalent within the margin")
-    if found.verdict == OPEN:
-        return found
-    return Verdict(REFUTED, f"{row['id']}: there is a difference")
-
-
-def decide_interval(interval: Mapping | None, floor: float = 0.0, none: float = 0.0) -> Verdict:
-    """Supported: the interval lies above `floor`; not supported: it lies below `none`."""
-    if not interval or interval.get("mean") is None:
-        return Verdict(OPEN, "not measured")
-    if interval["n_seeds"] < MIN_SEEDS:
-        return Verdict(OPEN, f"{interval['n_seeds']} of {MIN_SEEDS} seeds")
-    if interval.get("low") is None:
-        return Verdict(OPEN, "its interval is not known")
-    if interval["low"] > floor:
-        return Verdict(SUPPORTED, "the interval lies above the floor")
-    if interval["high"] < none:
-        return Verdict(REFUTED, "the interval lies below what would count")
-    return Verdict(OPEN, "the interval holds both")
-
-
-def every(*parts: Verdict) -> Verdict:
-    """Supported when each part is; not supported as soon as one is not."""
-    for answer in (REFUTED, OPEN):
-        because = [part.because for part in parts if part.verdict == answer]
-        if because:
-            return Verdict(answer, "; ".join(because))
-    return Verdict(SUPPORTED, "; ".join(part.because for part in parts))
-
-
-def some(*parts: Verdict) -> Verdict:
-    """Supported as soon as one part is; not supported when none is and none is open."""
-    for answer in (SUPPORTED, OPEN):
-        because = [part.because for part in parts if part.verdict == answer]
-        if because:
-            return Verdict(answer, "; ".join(because))
-    return Verdict(REFUTED, "; ".join(part.because for part in parts))
 
 
 def _clusters_at_all(e: Evidence) -> Verdict:

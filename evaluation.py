@@ -16,7 +16,7 @@ from memory import ADVICE, OutOfMemory, is_out_of_memory, release
 from parts import Losses, Totals, batch_losses
 
 if TYPE_CHECKING:
-    from training import Recipe
+    from recipe import Recipe
 
 EVAL_MODES = ("zero", "own", "shuffled", "mean", "no_prefix")
 

@@ -22,8 +22,8 @@ import cli
 import data
 import flags
 from arms import Arm
+from recipe import prepare_cpu
 from study import Study, run_study
-from training import prepare_cpu
 from transformer import SmallTransformer
 
 SPEC = data.SST2

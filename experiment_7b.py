@@ -26,8 +26,8 @@ import data
 import flags
 import pretrained
 from common import StudyModel
+from recipe import prepare_cpu
 from study import Study, run_study
-from training import prepare_cpu
 
 SPEC = data.SST2
 RESULTS = Path(__file__).parent / "results_7b"

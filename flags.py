@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from arms import ARM_GROUPS, ARMS, FEEDBACKS, MAIN_ARMS, TAPS
 from common import UserError
-from training import Recipe
+from recipe import Recipe
 
 
 def option(default: Any, text: str, **extra: Any) -> Any:

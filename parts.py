@@ -12,7 +12,7 @@ from arms import Arm
 from common import Batch, Outputs, StudyModel, classification_loss, feedback_partners, lm_loss
 
 if TYPE_CHECKING:
-    from training import Recipe
+    from recipe import Recipe
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ from evaluation import Evaluation, evaluate_modes
 from files import plain
 from flags import StudyConfig
 from gradients import Audit
+from recipe import derive_seed, seed_everything
 from reporter import Reporter
 from results import ResultsFolder, commit
-from training import Fit, derive_seed, seed_everything
+from training import Fit
 from workers import Trained, finished
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ from cli import StopSignals
 from common import StudyModel
 from data import Dataset
 from flags import FREE, StudyConfig
+from recipe import Recipe
 from results import ResultsFolder, provenance
 from runs import arm_for, train_one, tune
-from training import Recipe
 from workers import Trained, finished
 
 SCHEMA_VERSION = 1

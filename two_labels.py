@@ -27,6 +27,7 @@ import data
 import experiment
 import flags
 import pairs
+from recipe import prepare_cpu
 from results import ResultsFolder
 from runs import arm_for, train_one
 from study import (
@@ -37,7 +38,6 @@ from study import (
     identity_of,
     write_header,
 )
-from training import prepare_cpu
 from workers import Trained, finished
 
 RESULTS = experiment.RESULTS / "two-labels"

@@ -51,6 +51,7 @@ import pretrained
 import study
 import training
 from checkpoints import CheckpointStore
+from recipe import prepare_cpu
 from results import provenance
 
 FORK = multiprocessing.get_context("fork")
@@ -369,7 +370,8 @@ def checkpoint_costs(folder: Path) -> dict[str, float]:
     import batches
     from arms import ARMS
     from common import StudyModel
-    from training import Fit, Recipe
+    from recipe import Recipe
+    from training import Fit
     from transformer import SmallTransformer
 
     generated = data.generated_corpus()
@@ -406,7 +408,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     options = parser.parse_args()
-    training.prepare_cpu(1)
+    prepare_cpu(1)
     rng = random.Random(options.seed)
     weights = [weight for weight, _ in FAULTS.values()]
     drawn = rng.choices(list(FAULTS), weights, k=options.faults)

@@ -38,8 +38,9 @@ from arms import ARMS, MAIN_ARMS
 from common import ClassificationHead, StudyModel
 from files import write_json
 from parts import Totals
+from recipe import Recipe, derive_seed, prepare_cpu, seed_everything
 from results import provenance
-from training import Fit, Recipe, derive_seed, prepare_cpu, seed_everything
+from training import Fit
 
 BATCH = 16
 Run = Callable[[int, int], tuple[float, float | None]]  # steps -> loss, seconds by its own clock

@@ -35,8 +35,9 @@ import batches
 import data
 from arms import ARMS, MAIN_ARMS
 from common import StudyModel
+from recipe import Recipe, derive_seed, prepare_cpu, seed_everything
 from results import provenance
-from training import Fit, Recipe, derive_seed, prepare_cpu, seed_everything
+from training import Fit
 from transformer import SmallTransformer
 
 PADDED_TO = 64

@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from analysis import Settings, analyse
-from claims import OPEN, REFUTED, SUPPORTED
 from inference import ALPHA
+from rules import OPEN, REFUTED, SUPPORTED
 
 SEEDS, ITEMS, POOLED, TAP, ENGRAM = 5, 400, 24, 48, 128
 # smaller than the study's, so that 400 analyses take minutes; verdicts.json holds them

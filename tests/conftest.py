@@ -13,7 +13,7 @@ import batches
 import data
 from arms import ARMS
 from common import Batch, StudyModel
-from training import Recipe, seed_everything
+from recipe import Recipe, seed_everything
 from transformer import SmallTransformer
 
 

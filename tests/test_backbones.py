@@ -19,7 +19,8 @@ from batches import Encoded, encode
 from common import Batch, StudyModel, UserError, lm_loss, mean_pool
 from data import Split
 from parts import parts_of
-from training import Fit, Recipe, seed_everything
+from recipe import Recipe, seed_everything
+from training import Fit
 
 LENGTHS = [5, 1, 9, 3, 3, 7]
 

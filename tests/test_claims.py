@@ -2,7 +2,8 @@
 
 import pytest
 
-from claims import CLAIMS, OPEN, REFUTED, SUPPORTED, Evidence, decide, decide_equal, verdicts
+from claims import CLAIMS, verdicts
+from rules import OPEN, REFUTED, SUPPORTED, Evidence, decide, decide_equal
 
 
 def contrast(id="P1", estimate=0.2, half=0.05, p=0.001, seeds=5, equivalent=False):

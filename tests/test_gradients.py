@@ -11,8 +11,8 @@ from test_training import run, weights, without_seconds
 
 import audits
 import gradients
-from claims import REFUTED, SUPPORTED
 from gradients import Audit, class_directions, loss_gradients, share
+from rules import REFUTED, SUPPORTED
 from schema import evidence_beside
 from training import Fit
 

@@ -13,7 +13,8 @@ import parts
 import training
 from arms import ARMS
 from common import UserError
-from training import Fit, Interrupted, NonFiniteError, Progress, Recipe
+from recipe import Recipe, derive_seed
+from training import Fit, Interrupted, NonFiniteError, Progress
 
 
 def never():
@@ -189,7 +190,7 @@ def test_progress_survives_json():
 
 
 def test_seeds_differ_by_purpose_and_do_not_overflow():
-    seeds = {training.derive_seed(s, p) for s in range(50) for p in ("order", "dropout")}
+    seeds = {derive_seed(s, p) for s in range(50) for p in ("order", "dropout")}
     assert len(seeds) == 100
     assert all(0 <= s < 2**63 for s in seeds)
 

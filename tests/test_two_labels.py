@@ -15,9 +15,9 @@ import pairs
 import report
 import rivals
 import two_labels
-from claims import MIN_SEEDS, SUPPORTED, decide_interval
 from data import Split
 from inference import ARI_MARGIN
+from rules import MIN_SEEDS, SUPPORTED, decide_interval
 from schema import evidence_beside, read_study
 
 WORDS = 6
