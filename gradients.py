@@ -63,7 +63,7 @@ def loss_gradients(fit: Fit, batch: Batch, loss: str) -> dict[str, Tensor]:
         losses = replace(batch_losses(model, passes, fit.recipe, dtype), **fit.divisors(batch))
         value = weighted_loss(replace(model.arm, **LOSSES[loss]), losses)
         read = [getattr(out, name) for _, out in passes]
-        found = torch.autograd.grad(value, [*weights, *read], allow_unused=True)
+        found = torch.autograd.grad(value, [*weights, *read], allow_unused=True)  # None: unused
         for total, gradient in zip(totals, found, strict=False):
             if gradient is not None:
                 total += gradient
