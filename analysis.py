@@ -129,7 +129,7 @@ def analyse(
     slug = dataset.get("slug")
     contrasts = adjust([evaluate(c, scores, bands, runs, labels, slug) for c in asked])
     audited = audits.summary(results.get("rows", {}))
-    measured = audits.evidence(audited, slug)
+    measured = audits.evidence(audited, dataset)
     evidence = Evidence(
         contrasts={row["id"]: row for row in contrasts},
         controls=controls,

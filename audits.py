@@ -61,7 +61,8 @@ def summary(rows: Mapping[str, Mapping]) -> list[dict]:
     return out
 
 
-def evidence(rows: list[dict], slug: str) -> dict:
+def evidence(rows: list[dict], dataset: Mapping) -> dict:
     """What the audit of Model 3 says to the rules of claims.py, for studies of the same data."""
     found = [row["excess"] for row in rows if row["id"] == "dual_engram/compressor"]
-    return {"gradient_mechanism": found[0] | {"slug": slug}} if found and found[0] else {}
+    of = {"slug": dataset.get("slug"), "train_rows": dataset.get("train_rows")}
+    return {"gradient_mechanism": found[0] | of} if found and found[0] else {}

@@ -159,7 +159,10 @@ def _on(id: str, rule: Callable = decide) -> Callable[[Evidence], Verdict]:
 def _mechanism(e: Evidence) -> Verdict:
     # share of the compressor's gradient along the class means, less that along directions of the
     # same features that know no class
-    return decide_interval(e.measured.get("gradient_mechanism"), SHARE_MARGIN, SHARE_MARGIN)
+    measured = e.measured.get("gradient_mechanism") or {}
+    found = decide_interval(measured, SHARE_MARGIN, SHARE_MARGIN)
+    on = f", on {rows:,} training texts" if (rows := measured.get("train_rows")) else ""
+    return Verdict(found.verdict, found.because + on)
 
 
 _TUNE = "arms classification_tuned and dual_tuned, 3 seeds or more"

@@ -24,7 +24,16 @@ def style(axes) -> None:
 def headline(figure: Figure, *lines: str) -> None:
     """Set the figure's title; a line too long for the figure breaks at its semicolons."""
     width = int(10.5 * figure.get_figwidth())  # characters of 11 points that fit
-    broken = [part for x in lines for part in ([x] if len(x) <= width else x.split("; "))]
+    broken = []
+    for line in lines:
+        filled = ""
+        for part in line.split("; "):
+            if filled and len(f"{filled}; {part}") > width:
+                broken.append(filled)
+                filled = part
+            else:
+                filled = f"{filled}; {part}" if filled else part
+        broken.append(filled)
     figure.suptitle("\n".join(textwrap.fill(part, width) for part in broken), fontsize=11)
 
 

@@ -103,7 +103,7 @@ def test_the_verdict_follows_the_share_and_its_data_set(tmp_path, classes, wante
     found = audits.summary(rows)
     assert [row["site"] for row in found] == ["backbone", "tap", "compressor"]
     assert found[0]["norm_cls"]["mean"] == 2.0 and found[0]["cosine"] is None
-    measured = audits.evidence(found, "sst2")
+    measured = audits.evidence(found, {"slug": "sst2", "train_rows": 20_000})
     assert measured["gradient_mechanism"]["mean"] == pytest.approx(classes - 0.2 + 0.005)
     assert verdict("gradient_mechanism", measured=measured) == wanted
     for slug, kept in (("sst2", True), ("agnews", False)):
