@@ -194,7 +194,7 @@ def two_labels(results: Mapping) -> Figure:
     headline(
         figure,
         "Two independent labels in one text: which one is kept, and what becomes of the other?",
-        subject(results).replace("; ", ", "),
+        subject(results),
         f"{count_of_seeds(seeds)}; lines: 95 %, items and seeds resampled; "
         "range: 95 % of the draws",
     )
