@@ -28,7 +28,7 @@ def test_smoke_run_end_to_end(tmp_path):
         timeout=90,
     )
     assert done.returncode == 0, done.stderr
-    results = json.loads((out / "results.json").read_text())
+    results = json.loads((out / "results.json").read_text(), parse_constant=pytest.fail)
     assert list(results["rows"]) == ["classification", "dual", "dual_engram"]
     row = results["rows"]["dual_engram"]["0"]
     assert len(row["epochs"]) == 8

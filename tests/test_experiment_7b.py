@@ -29,7 +29,7 @@ def test_smoke_run_end_to_end(tmp_path, script, quantise):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
-    results = json.loads((out / "results.json").read_text())
+    results = json.loads((out / "results.json").read_text(), parse_constant=pytest.fail)
     assert list(results["rows"]) == ["classification", "dual", "dual_engram"]
     label = {"nf4": "NF4", "none": "bfloat16"}[quantise]
     assert results["backbone"] == f"tiny-random-qwen2, {label}"
@@ -42,6 +42,14 @@ def test_smoke_run_end_to_end(tmp_path, script, quantise):
         "adapter_config.json", "adapter_model.safetensors", "heads.safetensors", "study.json",
     }  # fmt: skip
     assert (out / "engram_clusters.png").stat().st_size > 10_000
+
+
+def test_without_bitsandbytes_nf4_is_refused_in_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    assert cli.run(experiment_7b.main, ["--smoke", "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and "pip install bitsandbytes, or pass --quantise none" in said[0]
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_scripts_differ_only_in_config_data_and_names():
