@@ -44,6 +44,11 @@ class Arm:
     tuned: bool = False
 
     @property
+    def reads(self) -> str:
+        """The output that the compressor reads, by its name in features and outputs."""
+        return "intermediate" if self.tap == "classifier" else "pooled"
+
+    @property
     def has_prefix(self) -> bool:
         return self.feedback not in (None, "unused")
 

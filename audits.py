@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 import numpy as np
 
+from contrasts import M3
 from inference import interval
 
 LOSSES = ("cls", "lm")
@@ -63,6 +64,6 @@ def summary(rows: Mapping[str, Mapping]) -> list[dict]:
 
 def evidence(rows: list[dict], dataset: Mapping) -> dict:
     """What the audit of Model 3 says to the rules of claims.py, for studies of the same data."""
-    found = [row["excess"] for row in rows if row["id"] == "dual_engram/compressor"]
+    found = [row["excess"] for row in rows if row["id"] == f"{M3}/compressor"]
     of = {"slug": dataset.get("slug"), "train_rows": dataset.get("train_rows")}
     return {"gradient_mechanism": found[0] | of} if found and found[0] else {}

@@ -199,7 +199,7 @@ class StudyModel(nn.Module):
         hidden = self.backbone(batch, prefix, layers)
         pooled = mean_pool(hidden, batch)
         logits, intermediate = self.head(pooled)
-        tapped = intermediate if self.arm.tap == "classifier" else pooled
+        tapped = {"intermediate": intermediate, "pooled": pooled}[self.arm.reads]
         code = None if self.compressor is None else self.compressor(tapped)
         return Outputs(hidden, pooled, intermediate, logits, code)
 

@@ -55,14 +55,13 @@ def loss_gradients(fit: Fit, batch: Batch, loss: str) -> dict[str, Tensor]:
     weights = [p for p in model.backbone.parameters() if p.requires_grad]
     if model.compressor is not None:
         weights.append(model.compressor.linear.weight)
-    name = "intermediate" if model.arm.tap == "classifier" else "pooled"
     totals, taps = [torch.zeros_like(w, dtype=torch.float32) for w in weights], []
     for part in parts_of(model.arm, batch, fit.recipe.micro_batch_tokens):
         passes = run_part(model, part.to(device))
         dtype = getattr(torch, fit.recipe.lm_dtype)
         losses = replace(batch_losses(model, passes, fit.recipe, dtype), **fit.divisors(batch))
         value = weighted_loss(replace(model.arm, **LOSSES[loss]), losses)
-        read = [getattr(out, name) for _, out in passes]
+        read = [getattr(out, model.arm.reads) for _, out in passes]
         found = torch.autograd.grad(value, [*weights, *read], allow_unused=True)  # None: unused
         for total, gradient in zip(totals, found, strict=False):
             if gradient is not None:
@@ -106,7 +105,7 @@ def measure(fit: Fit, batch: Batch) -> dict:
 
 
 def _shares(fit: Fit, gradients: Mapping[str, Tensor]) -> dict:
-    name = "intermediate" if fit.model.arm.tap == "classifier" else "pooled"
+    name = fit.model.arm.reads
     order = np.random.default_rng(fit.seed).permutation(len(fit.train_data))
     sample = fit.train_data.select(np.sort(order[:SAMPLE]))
     features = fit.evaluate(sample, collect=(name,)).features[name]

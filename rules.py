@@ -105,19 +105,20 @@ def decide_interval(interval: Mapping | None, floor: float = 0.0, none: float = 
     return Verdict(OPEN, "the interval holds both")
 
 
+def _first(parts: tuple[Verdict, ...], order: tuple[str, str, str]) -> Verdict:
+    """The first of three words that any part says, with those parts' reasons."""
+    for word in order:
+        because = [part.because for part in parts if part.verdict == word]
+        if because:
+            return Verdict(word, "; ".join(because))
+    raise ValueError("no part to combine")
+
+
 def every(*parts: Verdict) -> Verdict:
     """Supported when each part is; not supported as soon as one is not."""
-    for answer in (REFUTED, OPEN):
-        because = [part.because for part in parts if part.verdict == answer]
-        if because:
-            return Verdict(answer, "; ".join(because))
-    return Verdict(SUPPORTED, "; ".join(part.because for part in parts))
+    return _first(parts, (REFUTED, OPEN, SUPPORTED))
 
 
 def some(*parts: Verdict) -> Verdict:
     """Supported as soon as one part is; not supported when none is and none is open."""
-    for answer in (SUPPORTED, OPEN):
-        because = [part.because for part in parts if part.verdict == answer]
-        if because:
-            return Verdict(answer, "; ".join(because))
-    return Verdict(REFUTED, "; ".join(part.because for part in parts))
+    return _first(parts, (SUPPORTED, OPEN, REFUTED))

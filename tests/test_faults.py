@@ -32,6 +32,7 @@ import reporter
 import study
 import training
 from benchmarks import faults as campaign
+from benchmarks import trials
 from checkpoints import CheckpointStore
 from common import UserError
 from files import NoRoomError
@@ -74,16 +75,16 @@ def whole(tmp_path_factory):
 def qlora(tmp_path_factory):
     """The QLoRA path of the campaign, and what it gives when left alone."""
     folder = tmp_path_factory.mktemp("qlora")
-    kind = campaign.kinds(folder)["QLoRA"]
-    run = campaign.Trial(kind, folder / "whole")
+    kind = trials.kinds(folder)["QLoRA"]
+    run = trials.Trial(kind, folder / "whole")
     assert run.finish() == 0, run.said
-    return kind, campaign.outcome_of(run.folder)
+    return kind, trials.outcome_of(run.folder)
 
 
 @pytest.mark.parametrize("fault", campaign.FAULTS)
 def test_a_fault_on_the_qlora_path_is_recovered_or_refused(qlora, tmp_path, fault):
     kind, whole = qlora
-    run = campaign.Trial(kind, tmp_path / "run")
+    run = trials.Trial(kind, tmp_path / "run")
     outcome = campaign.outcome_after(fault, run, random.Random(fault), whole)
     assert outcome in ("recovered", "refused"), run.said
     assert whole[3]  # adapters were compared

@@ -15,7 +15,7 @@ import checkpoints
 import cli
 import experiment
 import study
-from benchmarks.faults import outcome_of
+from benchmarks.trials import outcome_of
 from checkpoints import CheckpointStore
 from common import UserError
 from files import write_atomic
