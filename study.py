@@ -125,7 +125,7 @@ def write_header(study: Study, folder: ResultsFolder) -> None:
     earlier = folder.results.get("provenance", {})
     folder.results |= _header(study, folder)
     if earlier:
-        brief = {key: earlier[key] for key in ("commit", "dirty", "argv", "started")}
+        brief = {k: earlier[k] for k in ("commit", "dirty", "argv", "started", "hardware")}
         folder.results["provenance"]["earlier"] = [*earlier.get("earlier", []), brief]
 
 

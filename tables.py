@@ -256,14 +256,22 @@ def _provenance(results: Mapping) -> str:
     seconds = run["wall_seconds"]
     hours, minutes = divmod(round(seconds / 60), 60)
     short = f"{minutes} min" if minutes > 1 else f"{seconds:.0f} s"
-    rows = [
-        [f"command at commit `{(one['commit'] or 'none')[:12]}`", f"`{' '.join(one['argv'])}`"]
-        for one in (*run.get("earlier", []), run)
-    ]
+    machine = _machine(run)
+    rows = []
+    for one in (*run.get("earlier", []), run):
+        # bits belong to a machine: say which commands ran on another one
+        other = f" on {_machine(one)}" if _machine(one) not in ("", machine) else ""
+        label = f"command at commit `{(one['commit'] or 'none')[:12]}`"
+        rows.append([label, f"`{' '.join(one['argv'])}`{other}"])
     rows += [
         ["last started", f"{run['started']}{dirty}"],
         ["wall time", f"{hours} h {minutes} min" if hours else short],
-        ["hardware", "; ".join(f"{k}: {v}" for k, v in run["hardware"].items())],
+        ["hardware", machine],
         ["versions", ", ".join(f"{k} {v}" for k, v in run["versions"].items())],
     ]
     return f"{subject(results)}\n\n{markdown(['', 'run'], rows)}"
+
+
+def _machine(run: Mapping) -> str:
+    """The hardware of one command; empty where an older run did not write it down."""
+    return "; ".join(f"{k}: {v}" for k, v in run.get("hardware", {}).items())

@@ -415,6 +415,17 @@ def test_drawing_a_folder_without_results_is_one_line(tmp_path, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
+def test_provenance_says_which_commands_ran_on_another_machine(checkout):
+    studies = report.read_studies(checkout)
+    run = studies["small"].results["provenance"]
+    older = {"commit": "a" * 40, "argv": ["experiment.py"], "hardware": {"cpu": "y"}}
+    run["earlier"] = [older, older | {"hardware": {"cpu": "x"}}, {**older, "hardware": {}}]
+    lines = tables.table("small-provenance", studies, {}).splitlines()
+    commands = [line for line in lines if "command at" in line]
+    assert [line.count("on cpu: y") for line in commands] == [1, 0, 0, 0]
+    assert "| hardware | cpu: x |" in lines
+
+
 def test_failed_figure_leaves_the_old_one(checkout, monkeypatch):
     path = checkout / "results" / "learning_curves.png"
     before = path.read_bytes()
