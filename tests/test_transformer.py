@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import random_batch
 
+import transformer
 from arms import ARMS, MAIN_ARMS
 from common import StudyModel
 from transformer import SmallTransformer, dropout_masks
@@ -125,6 +126,15 @@ def test_the_written_out_block_equals_automatic_differentiation(with_prefix):
     assert our_gradients.keys() == their_gradients.keys()
     for name, wanted in their_gradients.items():
         assert float((our_gradients[name] - wanted).abs().max()) < 1e-5 * float(wanted.abs().max())
+
+
+def test_long_texts_keep_the_kernel_that_holds_no_square_array(monkeypatch):
+    monkeypatch.setattr(transformer, "LONGEST_WRITTEN_OUT", 6)
+    monkeypatch.setattr(transformer._WrittenOut, "apply", lambda *inputs: pytest.fail("taken"))
+    model = backbone().train()
+    model(random_batch([4, 7, 2]))
+    with pytest.raises(pytest.fail.Exception):
+        model(random_batch([4, 6, 2]))
 
 
 def seeded(number):
