@@ -21,7 +21,7 @@ import measures
 import tuning
 from claims import verdicts
 from clustering import adjusted_rand, cluster_accuracy, cosine_gap, kmeans
-from contrasts import CONTRASTS, against_published, evaluate
+from contrasts import CONTRASTS, against_published, evaluate, lent
 from files import plain
 from inference import (
     adjust,
@@ -84,7 +84,7 @@ def analyse(
     Args:
         features: arrays of features.npz by key; any subset of arms, seeds and layers.
         results: results.json as far as there is one: rows (A9), dataset, backbone, and `evidence`,
-            intervals {claim id: {mean, low, high, n_seeds}} that other scripts measured.
+            what was measured elsewhere: {claim id: {mean, low, high, n_seeds}} and {"P3": row}.
         seed: of resamples and random compressors.
         published: that study's figures; default results["published"].
     Returns:
@@ -127,9 +127,12 @@ def analyse(
     dataset = results.get("dataset", {})
     asked = (*CONTRASTS, *against_published(published))
     slug = dataset.get("slug")
-    contrasts = adjust([evaluate(c, scores, bands, runs, labels, slug) for c in asked])
+    here = [evaluate(c, scores, bands, runs, labels, slug) for c in asked]
+    elsewhere = results.get("evidence", {})
+    # a family is adjusted together, wherever its members were measured
+    contrasts = adjust([r if r["n_seeds"] else elsewhere.get(r["id"], r) for r in here])
     audited = audits.summary(results.get("rows", {}))
-    measured = audits.evidence(audited, dataset)
+    measured = audits.evidence(audited, dataset) | lent(here, dataset.get("train_rows"))
     evidence = Evidence(
         contrasts={row["id"]: row for row in contrasts},
         controls=controls,
@@ -137,7 +140,7 @@ def analyse(
         slug=slug,
         dataset=dataset.get("name", ""),
         backbone=results.get("backbone", ""),
-        measured=results.get("evidence", {}) | measured,
+        measured=elsewhere | measured,
         published=published,
     )
     out = {
@@ -149,7 +152,9 @@ def analyse(
     if tuned := results.get("tuning"):
         out["tuning"] = tuning.summary(tuned)
     if audited:
-        out |= {"gradients": audited, "evidence": measured}
+        out["gradients"] = audited
+    if measured:
+        out["evidence"] = measured
     return plain(out)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from contrasts import B2, M1, M2, M3, published_figure
+from contrasts import B2, GAINS, M1, M2, M3, published_figure
 from inference import ARI_MARGIN
 from rules import (
     MIN_SEEDS,
@@ -108,7 +108,7 @@ def _small_hurts(e: Evidence) -> Verdict:
 
 
 def _own_gain(e: Evidence) -> str | None:
-    return {"sst2": "P3", "agnews": "P4"}.get(e.slug)
+    return {slug: id for id, slug in GAINS.items()}.get(e.slug)
 
 
 def _any_task(e: Evidence) -> Verdict:

@@ -60,14 +60,15 @@ def _beside(id: str, name: str, arm: str, first: str, second: str, **more) -> Co
     return Contrast(id, name, (arm, first), (arm, second), ARI_MARGIN, **more)
 
 
+GAINS = {"P3": "sst2", "P4": "ag-news"}  # the dual gain at tuned rates, by its data set's slug
 _RANK = {"quantity": "pooled.effective_rank", "margin": RANK_MARGIN, "relative": True}
 _ACCURACY = {"quantity": "accuracy", "margin": ACCURACY_MARGIN}
 _TUNED = {"first": "dual_tuned", "second": "classification_tuned"} | _ACCURACY
 CONTRASTS = (
     _beside("P1", "trained - random compressor, ARI", M3, "trained.ari", "random.ari", band="ari"),
     _same("P2", "Model 3 - Model 1 + engram", "engram.excess_ari", M3, B1, ARI_MARGIN),
-    _same("P3", "Model 2 - Model 1, tuned rates, SST-2", **_TUNED, slug="sst2"),
-    _same("P4", "Model 2 - Model 1, tuned rates, AG News", **_TUNED, slug="agnews"),
+    _same("P3", "Model 2 - Model 1, tuned rates, SST-2", **_TUNED, slug=GAINS["P3"]),
+    _same("P4", "Model 2 - Model 1, tuned rates, AG News", **_TUNED, slug=GAINS["P4"]),
     _same("P5", "Model 3 - Model 2", first=M3, second=M2, **_ACCURACY),
     _same("P6", "Model 2 - Model 1", first=M2, second=M1, **_RANK),
     _same("E1", "Model 2 - Model 1, the recipe's rate", first=M2, second=M1, **_ACCURACY),
@@ -208,3 +209,17 @@ def _mcnemar(spec: Contrast, seeds: list[int], runs: list[Run], labels: np.ndarr
     right = {(run.arm, run.seed): run.predictions == labels for run in runs}
     arms = spec.first[0], spec.second[0]
     return {str(s): asdict(mcnemar(*(right[arm, s] for arm in arms))) for s in seeds}
+
+
+def lent(contrasts: list[dict], train_rows: int | None) -> dict[str, dict]:
+    """Measured rows of GAINS, by id, for studies of the same backbone on other data or more texts.
+
+    Each is about one data set, so no single run can measure both; a borrowed row says where it is
+    from.
+    """
+    where = f"{train_rows:,} training texts" if train_rows else "other texts"
+    return {
+        row["id"]: row | {"where": where, "name": f"{row['name']}, {where}"}
+        for row in contrasts
+        if row["id"] in GAINS and row["n_seeds"]
+    }

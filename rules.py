@@ -66,6 +66,8 @@ def decide(row: Mapping | None, direction: int = 1) -> Verdict:
     if not row or row["estimate"] is None:
         return Verdict(OPEN, f"{row['id']} not measured" if row else "not measured")
     name, seeds = row["id"], row["n_seeds"]
+    if row.get("where"):  # measured in another folder
+        name += f" (on {row['where']})"
     if seeds < MIN_SEEDS:
         return Verdict(OPEN, f"{name}: {seeds} of {MIN_SEEDS} seeds")
     low, high = row["low"], row["high"]

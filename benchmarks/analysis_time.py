@@ -52,7 +52,7 @@ def features() -> dict[str, np.ndarray]:
 def main() -> None:
     made = features()
     wall, cpu = time.monotonic(), time.process_time()
-    found = analyse(made, {"dataset": {"slug": "agnews", "name": "made up"}})
+    found = analyse(made, {"dataset": {"slug": "ag-news", "name": "made up"}})
     report = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "date": datetime.now(UTC).date().isoformat(),

@@ -6,12 +6,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import contrasts
+import data
 from analysis import Settings, analyse
 from benchmarks import verdicts
 from claims import CLAIMS
 from clustering import adjusted_rand, effective_rank, engram_metrics, kmeans
 from inference import exchange_p
 from measures import sample_rows
+from rules import decide
 from scores import read_runs
 
 QUICK = Settings(
@@ -235,3 +238,27 @@ def test_verdicts_come_out_as_planted(scenario, monkeypatch):
     _, claims, _ = verdicts.run((scenario, 0))
     wrong = {k: claims[k] for k, v in verdicts.PLANTED[scenario].items() if claims[k] not in v}
     assert not wrong
+
+
+def test_a_gain_measured_on_another_data_set_joins_the_family(features):
+    """P3 and P4 are about one data set each; a study sees the other's row, and says from where."""
+    specs = {spec.slug for spec in (data.SST2, data.AG_NEWS)}
+    assert set(contrasts.GAINS.values()) == specs
+    arms = "classification_tuned", "dual_tuned"
+    made = made_up(arms, seeds=3, layers=0)
+    news = {"slug": data.AG_NEWS.slug, "name": "AG News", "train_rows": 5000}
+    lender = analyse(made, {"dataset": news}, settings=QUICK)
+    assert lender["evidence"].keys() == {"P4"}
+    sst2 = {"slug": data.SST2.slug, "name": "SST-2", "train_rows": 9000}
+    seen = {"dataset": sst2, "evidence": lender["evidence"]}
+    rows = {row["id"]: row for row in analyse(features, seen, settings=QUICK)["contrasts"]}
+    assert rows["P4"]["estimate"] == lender["evidence"]["P4"]["estimate"]
+    assert rows["P4"]["p_adjusted"] >= rows["P4"]["p"]
+    assert "5,000 training texts" in rows["P4"]["name"]
+    assert rows["P3"]["n_seeds"] == 0
+    assert "5,000" in decide(rows["P4"]).because
+    # what was borrowed is not lent on, and a study's own row comes first
+    both = analyse(made, {"dataset": sst2, "evidence": lender["evidence"]}, settings=QUICK)
+    assert both["evidence"].keys() == {"P3"}
+    claim = next(row for row in both["claims"] if row["id"] == "gain_grows")
+    assert claim["because"] != "P3 and P4 not both measured at this scale"

@@ -106,7 +106,7 @@ def test_the_verdict_follows_the_share_and_its_data_set(tmp_path, classes, wante
     measured = audits.evidence(found, {"slug": "sst2", "train_rows": 20_000})
     assert measured["gradient_mechanism"]["mean"] == pytest.approx(classes - 0.2 + 0.005)
     assert verdict("gradient_mechanism", measured=measured) == wanted
-    for slug, kept in (("sst2", True), ("agnews", False)):
+    for slug, kept in (("sst2", True), ("ag-news", False)):
         folder = tmp_path / slug
         (folder / "audit").mkdir(parents=True)
         own = {"dataset": {"slug": slug}}
