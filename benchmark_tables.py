@@ -11,7 +11,10 @@ from schema import ReportError, count, is_number, mismatches, positive, read_jso
 from tables import markdown
 from values import MISSING, NONE, title_of
 
-SMALL_COSTS = ("published_seconds", "ours_seconds", "ratio", "published_peak_mb", "ours_peak_mb")
+SMALL_COSTS = (
+    *("published_seconds", "ours_seconds", "ratio", "ratio_low", "ratio_high"),
+    *("published_peak_mb", "ours_peak_mb"),
+)
 QLORA_COSTS = {
     "tokens_per_s": "real tokens/s",
     "examples_per_s": "texts/s",
@@ -44,20 +47,25 @@ class Benchmark:
     table: Callable[[Mapping, Mapping[str, str]], tuple[str, list[str], list[list[str]]]]
 
 
+def _small_rows(found: Mapping) -> Iterator[tuple[str, Mapping]]:
+    return ((f"{row['arm']}.threads_{row['threads']}", row) for row in found["rows"])
+
+
 def _small_values(found: Mapping) -> Iterator[tuple[str, str]]:
-    for row in found["rows"]:
-        yield from ((f"{row['arm']}.{name}", f"{row[name]:,.1f}") for name in SMALL_COSTS)
+    for name, row in _small_rows(found):
+        yield from ((f"{name}.{cost}", f"{row[cost]:,.1f}") for cost in SMALL_COSTS)
 
 
 def _small_table(found: Mapping, shown: Mapping[str, str]) -> tuple:
-    header = ["one epoch", "published (s)", "ours (s)", "ratio", "published (MB)", "ours (MB)"]
+    seconds = ["published (s)", "ours (s)", "ratio", "lowest", "highest"]
     rows = [
-        [title_of(row["arm"]), *(shown[f"{row['arm']}.{name}"] for name in SMALL_COSTS)]
-        for row in found["rows"]
+        [title_of(row["arm"]), str(row["threads"]), *(shown[f"{name}.{c}"] for c in SMALL_COSTS)]
+        for name, row in _small_rows(found)
     ]
     caption = f"{found['machine']}, {found['date']}; median of {found['rounds']} rounds"
     if "texts" in found:
         caption += f"; an epoch is {found['texts']:,} of {found['dataset']}'s texts"
+    header = ["one epoch", "threads", *seconds, "published (MB)", "ours (MB)"]
     return f"{caption}; MB: peak memory of the process.", header, rows
 
 
@@ -189,7 +197,7 @@ BENCHMARKS = {
         "benchmarks/small.json",
         {
             **{"machine": str, "date": str, "rounds": count},
-            "rows": [{"arm": str, **dict.fromkeys(SMALL_COSTS, positive)}],
+            "rows": [{"arm": str, "threads": count, **dict.fromkeys(SMALL_COSTS, positive)}],
         },
         _small_values,
         _small_table,

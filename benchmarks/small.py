@@ -1,9 +1,10 @@
 """What does the same small-scale training cost, published recipe beside ours?
 
-    python benchmarks/small.py [--data ../sst2] [--texts 6400] [--rounds 5]
+    python benchmarks/small.py [--data ../sst2] [--texts 6400] [--rounds 5] [--threads 1 2]
 
 Times one epoch over the same rows per arm, contenders in turn in one process, and takes the median
-of the round-by-round ratios. "Published" is written here from the study's description: every text
+of the round-by-round ratios. With 1 thread as the study trains (--threads 1 --jobs 2), and with
+every core. "Published" is written here from the study's description: every text
 padded to 64 tokens, float32, torch's TransformerEncoder, logits over all words at every padded
 position, an untied LM head. Peak memory is that of a fresh process per contender. Writes
 benchmarks/small.json.
@@ -12,6 +13,7 @@ benchmarks/small.json.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import multiprocessing
@@ -152,6 +154,28 @@ def peak_mb(name: str, arm: str, train: batches.Encoded, vocabulary: int) -> flo
     return peak
 
 
+def timed(arm: str, train: batches.Encoded, vocabulary: int, options) -> dict[str, float]:
+    """Median seconds of an epoch of each contender, their ratio and its range, and peak memory."""
+    steps = -(-len(train) // RECIPE.batch_size)
+    epochs = {name: make(arm, train, vocabulary, steps) for name, make in CONTENDERS.items()}
+    for make in CONTENDERS.values():
+        make(arm, train, vocabulary, 20)()  # warm up
+    seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
+    for _ in range(options.rounds):
+        for name, epoch in epochs.items():
+            started = time.perf_counter()
+            epoch()
+            seconds[name].append(time.perf_counter() - started)
+    ratios = [a / b for a, b in zip(seconds["published"], seconds["ours"], strict=True)]
+    return {
+        **{f"{name}_seconds": statistics.median(s) for name, s in seconds.items()},
+        "ratio": statistics.median(ratios),
+        "ratio_low": min(ratios),
+        "ratio_high": max(ratios),
+        **{f"{name}_peak_mb": peak_mb(name, arm, train, vocabulary) for name in CONTENDERS},
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -159,42 +183,24 @@ def main() -> None:
     parser.add_argument("--data", help="as for experiment.py")
     parser.add_argument("--texts", type=int, default=6400, help="rows of an epoch")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=sorted({1, len(os.sched_getaffinity(0))})
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     options = parser.parse_args()
-    prepare_cpu(options.threads)
     dataset = data.load(data.SST2, options.data)
     words = batches.WordVocabulary.build(dataset.train.texts)
     whole = batches.encode(dataset.train, words.encode, PADDED_TO)
     train = whole.select(np.random.default_rng(0).permutation(len(whole))[: options.texts])
-    steps = -(-len(train) // RECIPE.batch_size)
     rows = []
-    for arm in MAIN_ARMS:
-        epochs = {n: make(arm, train, len(words), steps) for n, make in CONTENDERS.items()}
-        for make in CONTENDERS.values():
-            make(arm, train, len(words), 20)()  # warm up
-        seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-        for _ in range(options.rounds):
-            for name, epoch in epochs.items():
-                started = time.perf_counter()
-                epoch()
-                seconds[name].append(time.perf_counter() - started)
-        ratios = [a / b for a, b in zip(seconds["published"], seconds["ours"], strict=True)]
-        rows.append(
-            {
-                "arm": arm,
-                **{f"{name}_seconds": statistics.median(s) for name, s in seconds.items()},
-                "ratio": statistics.median(ratios),
-                "ratio_low": min(ratios),
-                "ratio_high": max(ratios),
-                **{f"{n}_peak_mb": peak_mb(n, arm, train, len(words)) for n in CONTENDERS},
-            }
-        )
+    for arm, threads in itertools.product(MAIN_ARMS, options.threads):
+        prepare_cpu(threads)
+        rows.append({"arm": arm, "threads": threads, **timed(arm, train, len(words), options)})
         print(json.dumps(rows[-1]), flush=True)
     facts = provenance(torch.device("cpu"))
     hardware = facts["hardware"]
     result = {
-        "machine": f"{hardware['processor']}, {options.threads} threads",
+        "machine": f"{hardware['processor']}, {hardware['cores']} cores",
         "date": datetime.now(UTC).date().isoformat(),
         "commit": facts["commit"],
         "versions": facts["versions"],
