@@ -73,8 +73,12 @@ FILES = {
 WORDS = {
     "1 missing": (experiment, "--data nope.csv", "nope.csv does not exist (looked in"),
     "33 split": (experiment, "--data .", 'no split "train"; has none'),
-    "34 lr 0": (experiment, "--smoke --lr 0", "--lr: must be a finite number > 0.0, got 0."),
-    "34 lr nan": (experiment_7b, "--smoke --lr nan", "> 0.0, got nan."),
+    "34 lr 0": (
+        experiment,
+        "--smoke --lr 0",
+        "--lr: must be a finite number > 0.0 and <= 1.0, got 0.",
+    ),
+    "34 lr nan": (experiment_7b, "--smoke --lr nan", "> 0.0 and <= 1.0, got nan."),
     "35 epochs": (experiment, "--smoke --epochs 1.5", "a whole number >= 1, got 1.5."),
     "35 negative": (experiment_7b, "--smoke --epochs -1", "a whole number >= 1, got -1."),
     "36 odd batch": (experiment_7b, "--smoke --batch-size 5", "must be even, got 5."),

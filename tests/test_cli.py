@@ -39,10 +39,10 @@ def test_values_lists_and_switches():
     [
         (["--epoch", "3"], "unknown argument --epoch. Did you mean --epochs?"),
         (["--frobnicate"], "unknown argument --frobnicate. See --help."),
-        (["--lr", "0"], "--lr: must be a finite number > 0.0, got 0."),
-        (["--lr", "nan"], "--lr: must be a finite number > 0.0, got nan."),
+        (["--lr", "0"], "--lr: must be a finite number > 0.0 and <= 1.0, got 0."),
+        (["--lr", "nan"], "--lr: must be a finite number > 0.0 and <= 1.0, got nan."),
         (["--lr", "inf"], "got inf."),
-        (["--lr", "fast"], "--lr: must be a finite number > 0.0, got fast."),
+        (["--lr", "fast"], "--lr: must be a finite number > 0.0 and <= 1.0, got fast."),
         (["--epochs", "0"], "--epochs: must be a whole number >= 1, got 0."),
         (["--epochs", "1.5"], "got 1.5."),
         (["--epochs", "-1"], "got -1."),
@@ -93,12 +93,16 @@ def test_errors_become_one_line_and_an_exit_code(capsys, error, code, line):
     assert capsys.readouterr().err.endswith(line)
 
 
-def test_debug_shows_the_traceback():
+@pytest.mark.parametrize("error", [UserError("x"), NonFiniteError("x")])
+def test_debug_shows_the_traceback_and_keeps_the_exit_code(capsys, error):
     def main(argv, stop):
-        raise UserError("x")
+        raise error
 
-    with pytest.raises(UserError):
-        cli.run(main, ["--debug"])
+    code = cli.run(main, [])
+    assert "Traceback" not in capsys.readouterr().err
+    assert cli.run(main, ["--debug"]) == code
+    said = capsys.readouterr().err
+    assert "Traceback" in said and "in main" in said and said.endswith(": x\n")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
