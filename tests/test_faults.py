@@ -95,7 +95,8 @@ def test_a_fault_on_the_qlora_path_is_recovered_or_refused(qlora, tmp_path, faul
 
 def save(store, step, size=50):
     weights = {"w": torch.full((size,), float(step))}
-    return store.save(step, weights, {"rng": torch.arange(3)}, {"epoch": step})
+    store.save(step, weights, {"rng": torch.arange(3)}, {"epoch": step})
+    return store.newest
 
 
 @pytest.fixture
