@@ -68,7 +68,9 @@ def whole(tmp_path_factory):
     return weights_in(folder)
 
 
-# one fault of each kind on the QLoRA path; the campaign of benchmarks/faults.py has hundreds
+# faults at a random moment of the QLoRA path; the campaign of benchmarks/faults.py has hundreds
+
+EXACT = ("SIGKILL", "SIGTERM", "NaN loss")  # test_moments.py has them at chosen moments
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +83,7 @@ def qlora(tmp_path_factory):
     return kind, trials.outcome_of(run.folder)
 
 
-@pytest.mark.parametrize("fault", campaign.FAULTS)
+@pytest.mark.parametrize("fault", [f for f in campaign.FAULTS if f not in EXACT])
 def test_a_fault_on_the_qlora_path_is_recovered_or_refused(qlora, tmp_path, fault):
     kind, whole = qlora
     run = trials.Trial(kind, tmp_path / "run")

@@ -27,7 +27,7 @@ FIRST = {"small": 3, "QLoRA": 3, "two labels": 8}
 def small_batches():
     """Several batches an evaluation, so that one can be left between two of them."""
     order = evaluation.eval_order
-    evaluation.eval_order = lambda lengths, tokens: order(lengths, 100)
+    evaluation.eval_order = lambda lengths, tokens: order(lengths, 150)
     two_labels.analyse = lambda folder, smoke: None
 
 
