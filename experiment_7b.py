@@ -11,6 +11,7 @@ the measured time. Backbones of at most 2 billion parameters also run on a CPU.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import tempfile
@@ -95,7 +96,7 @@ def load_dataset(config: Config) -> data.Dataset:
 
 def load_backbone(config: Config, dataset: data.Dataset) -> backbones.Pretrained:
     """The base that all arms share, or a tiny random one for --smoke."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() if config.smoke else contextlib.nullcontext() as folder:
         source = config.backbone
         if config.smoke:
             source = str(Path(folder) / "tiny-random-qwen2")
