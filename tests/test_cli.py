@@ -1,6 +1,8 @@
 """Flags from a Config, and every mistake in one line that names the value and the fix."""
 
 import dataclasses
+import multiprocessing
+import os
 import signal
 import sys
 
@@ -120,6 +122,21 @@ def test_a_signal_is_raised_at_the_next_check_only(capsys, number, code):
     assert cli.run(main, []) == code
     assert "saved at step 12; run the same command to continue" in capsys.readouterr().err
     assert signal.getsignal(number) is before
+
+
+def test_a_second_signal_exits_at_once():
+    def work():
+        def main(argv, stop):
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+            os._exit(99)
+
+        os._exit(cli.run(main, []))
+
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    child.join(20)
+    assert child.exitcode == 143
 
 
 def test_success_is_zero():

@@ -119,7 +119,7 @@ def killed_at_fsync(number):
 
 
 def test_sigkill_before_and_after_any_rename(path, tmp_path):
-    name, kind, whole = path
+    _, kind, whole = path
     run = Run(kind, tmp_path / "run")
     strays = 0
     for number in (7, 8, 9, 10):
@@ -132,7 +132,7 @@ def test_sigkill_before_and_after_any_rename(path, tmp_path):
 
 
 def test_an_arm_that_is_done_is_not_trained_again(path, tmp_path):
-    name, kind, whole = path
+    _, kind, whole = path
     run = Run(kind, tmp_path / "run")
 
     def before():
