@@ -10,6 +10,7 @@ import signal
 from dataclasses import replace
 
 import pytest
+import torch
 
 import evaluation
 import results
@@ -183,3 +184,29 @@ def test_a_step_that_is_not_finite_stops_the_run_before_it_is_taken(path, tmp_pa
         json.loads(path.read_text(), parse_constant=pytest.fail)
     assert run.finish() == 0
     assert trials.outcome_of(run.folder) == whole
+
+
+def test_memory_that_runs_out_is_survived_and_recorded(path, tmp_path):
+    name, kind, whole = path
+    if name == "two labels":
+        pytest.skip("its steps are those of the small path")
+    run = Run(kind, tmp_path / "run")
+
+    def before():
+        parts, calls = training.run_part, itertools.count()
+
+        def failing(*args):
+            if next(calls) == 3:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return parts(*args)
+
+        training.run_part = failing
+
+    assert run.finish(before=before) == 0, run.said
+    (lowered,) = json.loads((run.folder / "results.json").read_text())["rows"]["dual"]["0"][
+        "memory"
+    ]
+    assert (lowered["step"], lowered["limit"]) == (3, "micro_batch_tokens")
+    said = f"dual, seed 0: out of memory at step 3; micro_batch_tokens is {lowered['tokens']} from"
+    assert said in (run.folder / "log.txt").read_text()
+    assert trials.near(trials.outcome_of(run.folder), whole)
