@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -34,6 +35,8 @@ def save(
 ) -> None:
     """Write adapters in PEFT's own format, heads.safetensors and, last, study.json.
 
+    Without study.json, which holds the sha256 of the others, `load_trained` takes none of them.
+
     Args:
         pretrained: the base that `model` was trained on.
         folder: of this arm and seed; made if missing.
@@ -41,11 +44,21 @@ def save(
         cut: longest text in tokens.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    model.backbone.adapter_config.save_pretrained(folder)
+    (folder / "study.json").unlink(missing_ok=True)
     states = {"adapter_model": model.backbone.adapter_state(), "heads": _heads(model)}
-    for name, state in states.items():
-        state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
-        write_atomic(folder / f"{name}.safetensors", save_safetensors(state))
+    contents = {
+        f"{name}.safetensors": save_safetensors(
+            {key: value.detach().cpu().contiguous() for key, value in state.items()}
+        )
+        for name, state in states.items()
+    }
+    settings = {  # as PEFT's own save_pretrained, which does not write atomically
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in model.backbone.adapter_config.to_dict().items()
+    }
+    contents["adapter_config.json"] = json.dumps(settings, indent=2, sort_keys=True).encode()
+    for name, content in contents.items():
+        write_atomic(folder / name, content)
     compressor = model.compressor
     write_json(
         folder / "study.json",
@@ -56,6 +69,7 @@ def save(
             "classes": list(classes),
             "engram_dim": 1 if compressor is None else compressor.linear.out_features,
             "max_tokens": cut,
+            "sha256": {name: hashlib.sha256(c).hexdigest() for name, c in contents.items()},
         },
     )
 
@@ -112,6 +126,9 @@ def load_trained(folder: Path | str, backbone: str | None = None, **options: Any
         if meta["format"] != FORMAT:
             raise ValueError(f"its format is {meta['format']!r}, not {FORMAT!r}")
         base, arm, classes = meta["backbone"], Arm(**meta["arm"]), meta["classes"]
+        for name, digest in meta.get("sha256", {}).items():  # older ones have none
+            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
+                raise ValueError(f"{name} does not match its sha256")
         adapters, heads = (
             load_file(folder / f"{n}.safetensors") for n in ("adapter_model", "heads")
         )

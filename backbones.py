@@ -23,6 +23,7 @@ from decoder import Decoder
 from lora import Frozen, LeanLora, Residents, siblings_of
 from packing import ROW_MULTIPLE, Layout, packed_attention
 from pretrained import (
+    NO_CODE,
     RANK,
     choose_dtype,
     first_line,
@@ -324,7 +325,7 @@ def load(
         room = share_memory(name, weight_bytes(shape, quantise, chosen), rows, device, vram_gib)
         where = str(folder or source)
         try:
-            tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=cached)
+            tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=cached, **NO_CODE)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f'no tokenizer in "{source}" ({first_line(error)}).') from None
         model = load_weights(where, cached, chosen, quantise, device)

@@ -17,10 +17,12 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from common import UserError
-from files import NoRoomError, free_bytes, write_atomic, write_json
+from files import NoRoomError, free_bytes, json_sha256, write_atomic, write_json
 
 FORMAT = "dual-objective-engrams/checkpoint/1"
 KEPT = 2
+# how much of a step fits into memory at a time: the same texts and loss, on whatever machine
+MACHINES = {"micro_batch_tokens", "recipe.micro_batch_tokens"}
 TRIES = 3  # saves in a row that may find no room
 # what reading a damaged, foreign or malicious checkpoint raises
 DAMAGE = (
@@ -40,8 +42,8 @@ class CheckpointStore:
     """The checkpoints of one (arm, seed): `N.safetensors`, `N.state`, and last `N.json`.
 
     The manifest N.json is readable without torch: format, identity (what must match to go on),
-    progress, and the sha256 of the two other files, which have no checksum of their own that
-    loading would check. Without its manifest a checkpoint does not exist. The newest two stay.
+    progress, the sha256 of the two other files, which have no checksum of their own that loading
+    would check, and its own. Without its manifest a checkpoint does not exist. The newest two stay.
 
     Args:
         folder: of this (arm, seed); made when first saved to.
@@ -68,13 +70,16 @@ class CheckpointStore:
                 "Free some, or use another --out."
             )
 
-    def save(self, step: int, weights: dict[str, Tensor], rest: dict, progress: dict) -> int | None:
+    @property
+    def newest(self) -> int | None:
+        """The step of the newest checkpoint; None if there is none."""
+        return max(self._steps(), default=None)
+
+    def save(self, step: int, weights: dict[str, Tensor], rest: dict, progress: dict) -> None:
         """Write the checkpoint of `step`, then drop all but the newest KEPT.
 
         A full disk is a warning: the checkpoint before stays, and the next save tries again.
 
-        Returns:
-            The step of the newest checkpoint there is; None if there is none.
         Raises:
             NoRoomError: the disk was full TRIES times in a row.
         """
@@ -85,7 +90,7 @@ class CheckpointStore:
             if step not in self._steps():
                 for path in self._paths(step):
                     path.unlink(missing_ok=True)
-            kept = max(self._steps(), default=None)
+            kept = self.newest
             last = "no checkpoint" if kept is None else f"the checkpoint of step {kept}"
             if self.failures >= TRIES:
                 raise NoRoomError(
@@ -93,9 +98,8 @@ class CheckpointStore:
                     "Free some space and run the same command to continue."
                 ) from None
             print(f"warning: {full}; {last} is kept, will try again", file=sys.stderr)
-            return kept
-        self.failures = 0
-        return step
+        else:
+            self.failures = 0
 
     def _write(self, step: int, weights: dict[str, Tensor], rest: dict, progress: dict) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -108,16 +112,14 @@ class CheckpointStore:
         }
         for path, content in contents.items():
             write_atomic(path, content)
-        write_json(
-            manifest,
-            {
-                "format": FORMAT,
-                "step": step,
-                "identity": self.identity,
-                "progress": progress,
-                "sha256": {p.name: hashlib.sha256(c).hexdigest() for p, c in contents.items()},
-            },
-        )
+        meta = {
+            "format": FORMAT,
+            "step": step,
+            "identity": self.identity,
+            "progress": progress,
+            "sha256": {p.name: hashlib.sha256(c).hexdigest() for p, c in contents.items()},
+        }
+        write_json(manifest, meta | {"manifest_sha256": json_sha256(meta)})
         for old in self._steps()[:-KEPT]:
             for path in reversed(self._paths(old)):  # the manifest first
                 path.unlink(missing_ok=True)
@@ -141,6 +143,9 @@ class CheckpointStore:
                 meta = json.loads(manifest.read_text())
                 if meta.get("format") != FORMAT:
                     raise ValueError(f"its format is {meta.get('format')!r}, not {FORMAT!r}")
+                own = meta.pop("manifest_sha256", None)  # older ones have none
+                if own not in (None, json_sha256(meta)):
+                    raise ValueError("it does not match its own sha256")
                 changed = differences(meta["identity"], self.identity, self.defaults)
                 if not changed:
                     for path in (weights_path, rest_path):
@@ -191,7 +196,7 @@ def differences(old: dict, new: dict, defaults: Mapping[str, object] | None = No
     pairs = {k: [d.get(k, fallback.get(k)) for d in (old, new)] for k in old.keys() | new.keys()}
     changed = {k for k, (before, after) in pairs.items() if before != after}
     # a recipe's value that repeats a flag's is said once
-    changed -= {f"recipe.{k}" for k in changed}
+    changed -= {f"recipe.{k}" for k in changed} | MACHINES
     return [f"{k} {pairs[k][0]} -> {pairs[k][1]}" for k in sorted(changed)]
 
 

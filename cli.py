@@ -9,6 +9,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -69,6 +70,10 @@ class StopSignals:
     def _handle(self, number: int, frame: object) -> None:
         if self.received is not None:
             os._exit(self.CODES[number])
+        self.note(number, frame)
+
+    def note(self, number: int, frame: object) -> None:
+        """Take note of a signal, however many there are."""
         self.received = number
 
     def check(self) -> None:
@@ -122,6 +127,11 @@ def _unbroken_streams() -> typing.Iterator[None]:
         sys.stdout, sys.stderr = before
 
 
+def _show_traceback(argv: Sequence[str]) -> None:
+    if "--debug" in argv:
+        traceback.print_exc()
+
+
 def run(main: Callable[[Sequence[str], StopSignals], None], argv: Sequence[str]) -> int:
     """Call a script's main and turn its errors into an exit code and one line on stderr.
 
@@ -134,19 +144,15 @@ def run(main: Callable[[Sequence[str], StopSignals], None], argv: Sequence[str])
         try:
             main(argv, stop)
             return 0
-        except UserError as error:
-            if "--debug" in argv:
-                raise
-            print(f"{name}: error: {error}", file=sys.stderr)
-            return 2
-        except (NonFiniteError, NoRoomError) as error:
-            print(f"{name}: stopped: {error}", file=sys.stderr)
-            return 1
+        except (UserError, NonFiniteError, NoRoomError) as error:
+            mistake = isinstance(error, UserError)
+            _show_traceback(argv)
+            print(f"{name}: {'error' if mistake else 'stopped'}: {error}", file=sys.stderr)
+            return 2 if mistake else 1
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) and not isinstance(error, OutOfMemory):
                 raise
-            if "--debug" in argv:
-                raise
+            _show_traceback(argv)
             said = str(error)
             if not isinstance(error, OutOfMemory):
                 said = f"{(said or type(error).__name__).splitlines()[0]} {ADVICE}"

@@ -65,6 +65,7 @@ def evaluate(
     model.eval()
     totals, parts, order = Totals(), {name: [] for name in collect}, []
     device = next(model.parameters()).device
+    engrams = None if engrams is None else engrams.to(device)
 
     def score(items: np.ndarray) -> tuple[Losses, int, dict[str, np.ndarray]]:
         batch = data.batch(items).to(device)
@@ -114,20 +115,20 @@ def evaluate(
 
 
 def evaluate_modes(
-    model: StudyModel, data: Encoded, recipe: Recipe, zero: Evaluation, seed: int
+    score: Callable[..., Evaluation], zero: Evaluation, seed: int
 ) -> dict[str, dict[str, float | None]]:
     """Score an arm with a prefix under every engram of EVAL_MODES (control A9).
 
     Args:
+        score: `evaluate` of the arm and the split, which takes `engrams` or `prefix`.
         zero: the evaluation under the zero engram, with its engrams collected.
         seed: of the permutation of the shuffled mode.
     """
-    device = next(model.parameters()).device
-    own = torch.from_numpy(zero.features["engram"]).to(device)
+    own = torch.from_numpy(zero.features["engram"])
     shuffled = own[torch.from_numpy(np.random.default_rng(seed).permutation(len(own)))]
     mean = own.mean(0, keepdim=True).expand_as(own)
     scores = {"zero": zero.scores()}
     for name, engrams in (("own", own), ("shuffled", shuffled), ("mean", mean)):
-        scores[name] = evaluate(model, data, recipe, engrams).scores()
-    scores["no_prefix"] = evaluate(model, data, recipe, prefix=False).scores()
+        scores[name] = score(engrams=engrams).scores()
+    scores["no_prefix"] = score(prefix=False).scores()
     return scores

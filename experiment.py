@@ -119,7 +119,9 @@ def main(argv: Sequence[str], stop: cli.StopSignals) -> None:
         script=Path(__file__).name,
         backbone=backbone_name(config),
         config=config,
-        recipe=flags.recipe_of(config, schedule="cosine-epoch", window=config.window),
+        recipe=flags.recipe_of(
+            config, len(dataset.train.texts), schedule="cosine-epoch", window=config.window
+        ),
         dataset=dataset,
         train=batches.encode(dataset.train, vocabulary.encode, config.max_tokens),
         evaluation=batches.encode(dataset.evaluation, vocabulary.encode, config.max_tokens),

@@ -11,6 +11,7 @@ the measured time. Backbones of at most 2 billion parameters also run on a CPU.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import tempfile
@@ -43,11 +44,12 @@ class Config(flags.StudyConfig):
 
     epochs: int = flags.option(3, "passes over the training texts", low=1)
     batch_size: int = flags.option(16, "texts per optimizer step", low=1)
-    lr: float = flags.option(2e-4, "peak learning rate", above=0.0)
+    lr: float = flags.option(2e-4, "peak learning rate", above=0.0, high=1.0)
     lr_grid: list[float] = flags.option(
         [1e-4, 2e-4, 4e-4],
         "rates of which a tuned arm takes the best on a dev split of the training texts",
         above=0.0,
+        high=1.0,
     )
     engram_dim: int = flags.option(128, "width of the engram", low=1)
     max_tokens: int = flags.option(
@@ -94,7 +96,7 @@ def load_dataset(config: Config) -> data.Dataset:
 
 def load_backbone(config: Config, dataset: data.Dataset) -> backbones.Pretrained:
     """The base that all arms share, or a tiny random one for --smoke."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() if config.smoke else contextlib.nullcontext() as folder:
         source = config.backbone
         if config.smoke:
             source = str(Path(folder) / "tiny-random-qwen2")
@@ -126,10 +128,14 @@ def main(argv: Sequence[str], stop: cli.StopSignals) -> None:
     cli.require_writable(Path(config.out or RESULTS))
     threads = config.threads or (1 if config.smoke else None)
     prepare_cpu(threads, config.jobs, config.deterministic)
-    recipe = flags.recipe_of(
-        config, schedule="cosine", warmup=WARMUP, micro_batch_tokens=config.micro_batch_tokens
-    )
     dataset = load_dataset(config)
+    recipe = flags.recipe_of(
+        config,
+        len(dataset.train.texts),
+        schedule="cosine",
+        warmup=WARMUP,
+        micro_batch_tokens=config.micro_batch_tokens,
+    )
     base = load_backbone(config, dataset)
     dataset = dataclasses.replace(dataset, notes=(*dataset.notes, *base.notes))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -71,6 +72,12 @@ def _write_atomic(path: Path, content: bytes | Callable[[Path], None]) -> None:
 def write_json(path: Path, value: object) -> None:
     """Write strict JSON (no NaN) atomically."""
     write_atomic(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
+
+def json_sha256(value: object) -> str:
+    """sha256 of a value as JSON gives it back, whatever the order of its keys."""
+    read_back = json.loads(json.dumps(value))  # whose keys are text, as in a file
+    return hashlib.sha256(json.dumps(read_back, sort_keys=True).encode()).hexdigest()
 
 
 def plain(value: object) -> object:

@@ -16,7 +16,9 @@ from typing import Any, NoReturn
 
 from arms import ARM_GROUPS, ARMS, FEEDBACKS, MAIN_ARMS, TAPS
 from common import UserError
-from recipe import Recipe
+from recipe import Recipe, require_texts
+
+HIGH_RATE = 0.1  # above it a slip of the finger is likelier than a choice
 
 
 def option(default: Any, text: str, **extra: Any) -> Any:
@@ -56,11 +58,12 @@ class StudyConfig:
     seeds: list[int] | None = option(None, "training seeds", low=0)
     epochs: int = option(8, "passes over the training texts", low=1)
     batch_size: int = option(64, "texts per optimizer step", low=1)
-    lr: float = option(3e-4, "peak learning rate", above=0.0)
+    lr: float = option(3e-4, "peak learning rate", above=0.0, high=1.0)
     lr_grid: list[float] = option(
         [1e-4, 3e-4, 1e-3, 3e-3],
         "rates of which a tuned arm takes the best on a dev split of the training texts",
         above=0.0,
+        high=1.0,
     )
     tune_seeds: int = option(1, "seeds that try each of them", low=1)
     weight_decay: float = option(0.01, "AdamW weight decay", low=0.0)
@@ -258,13 +261,23 @@ def defaults_of(config: type) -> dict[str, Any]:
     }
 
 
-def recipe_of(config: StudyConfig, **extra: Any) -> Recipe:
-    """The training recipe a Config describes; extra: what its script fixes."""
+def recipe_of(config: StudyConfig, texts: int, **extra: Any) -> Recipe:
+    """The training recipe a Config describes.
+
+    Args:
+        texts: training texts there are.
+        extra: what its script fixes.
+    Raises:
+        UserError: batches of that size cannot be made, or not be paired.
+    """
     pairing = [n for n in config.arms if ARMS[n].has_prefix and ARMS[n].feedback != "off"]
     if config.batch_size % 2 and pairing:
         raise UserError(
             f"{ARMS[pairing[0]].title} pairs texts; --batch-size must be even, "
             f"got {config.batch_size}."
         )
+    require_texts(texts, config.batch_size)
+    if config.lr > HIGH_RATE:
+        print(f"warning: --lr {config.lr:g} is high for AdamW", file=sys.stderr)
     names = ("epochs", "lr", "weight_decay", "batch_size", "clip")
     return Recipe(**{name: getattr(config, name) for name in names}, **extra)

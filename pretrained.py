@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from common import UserError
 RANK = 16  # of LoRA
 LARGE = 2_000_000_000  # parameters a CPU is refused above
 GIB = 2**30
+NO_CODE = {"trust_remote_code": False}  # left out, the library asks whoever sits at the terminal
 
 
 def first_line(error: BaseException) -> str:
@@ -58,17 +60,17 @@ def read_config(source: str) -> tuple[Any, bool]:
         if not (path / "config.json").exists():
             raise UserError(f"--backbone {source} has no config.json. Pass a whole model folder.")
         try:
-            return AutoConfig.from_pretrained(path), True
+            return AutoConfig.from_pretrained(path, **NO_CODE), True
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path / 'config.json'}: {first_line(error)}") from None
     if path.exists() or not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", source):
         raise UserError(f"--backbone {source} is no model folder, GGUF file or hub id. Pass one.")
     with contextlib.suppress(OSError, ValueError):  # what the cache holds needs no network
-        return AutoConfig.from_pretrained(source, local_files_only=True), True
+        return AutoConfig.from_pretrained(source, local_files_only=True, **NO_CODE), True
     trouble = sources.hub_trouble(source)
     if not trouble:
         try:
-            return AutoConfig.from_pretrained(source), False
+            return AutoConfig.from_pretrained(source, **NO_CODE), False
         except ValueError as error:
             raise UserError(f'"{source}": {first_line(error)}') from None
         except OSError:
@@ -165,11 +167,13 @@ def from_gguf(path: Path) -> Path:
         return folder
     where = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**where)
+        tokenizer = AutoTokenizer.from_pretrained(**where, **NO_CODE)
         extra = {}
         if hasattr(transformers, "GgufConfig"):  # older versions always dequantise
             extra = {"quantization_config": transformers.GgufConfig(dequantize=True)}
-        loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.bfloat16, **extra)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            **where, dtype=torch.bfloat16, **extra, **NO_CODE
+        )
     except ImportError:
         raise UserError(f"reading {path.name} needs the package gguf: pip install gguf") from None
     except Exception as error:  # a damaged file fails anywhere in the reader: struct, index, memory
@@ -203,7 +207,7 @@ def load_weights(
     source: str, cached: bool, dtype: torch.dtype, quantise: str, device: torch.device
 ):
     """The causal LM, whole, frozen and in evaluation mode."""
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = dict(NO_CODE)
     if quantise == "nf4":
         try:
             import bitsandbytes  # noqa: F401
@@ -235,7 +239,7 @@ def load_weights(
         ) from None
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, UnpicklingError) as error:
         raise UserError(f'cannot load "{source}" ({first_line(error)}).') from None
     for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
         if wrong := info.get(kind):

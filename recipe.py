@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from common import UserError
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -64,6 +66,15 @@ def prepare_cpu(threads: int | None, jobs: int = 1, deterministic: bool = False)
         torch.use_deterministic_algorithms(True)
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // jobs))
     torch.set_flush_denormal(True)
+
+
+def require_texts(texts: int, batch_size: int) -> None:
+    """Refuse fewer training texts than a batch."""
+    if texts < batch_size:
+        raise UserError(
+            f"{texts} training rows < batch {batch_size}. "
+            f"Pass --batch-size {max(2, texts // 4 * 2)} or more data."
+        )
 
 
 def seed_everything(seed: int, purpose: str) -> None:

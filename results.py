@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import io
 import json
@@ -25,8 +26,10 @@ from tqdm import tqdm
 
 from checkpoints import DAMAGE, differences
 from common import UserError
-from files import write_atomic, write_json
+from files import NoRoomError, json_sha256, write_atomic, write_json
 
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)
+DIGESTED = ("rows", "tuning")  # what a rerun takes from results.json
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "transformers", "peft", "bitsandbytes")
 
 
@@ -47,33 +50,41 @@ class ResultsFolder:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self.lock = FileLock(folder / ".lock")
+            self._acquire()
+            try:
+                started = datetime.now(UTC).isoformat(timespec="seconds")
+                holder = f"process {os.getpid()} on {platform.node()} since {started}"
+                write_atomic(folder / ".lock.json", holder.encode())
+                self.results = self._read(restart)
+                self.features = self._read_features()
+                self.log_file = (folder / "log.txt").open("a", buffering=1)
+            except BaseException:
+                self.lock.release()
+                raise
+        except NoRoomError:
+            raise
+        except OSError as error:
+            raise UserError(
+                f"cannot write to {folder} ({error.strerror}). Pass a writable --out."
+            ) from None
+
+    def _acquire(self) -> None:
+        try:
             self.lock.acquire(timeout=0)
         except Timeout:
-            holder = (
-                (folder / ".lock.json").read_text() if (folder / ".lock.json").exists() else "?"
+            path = self.folder / ".lock.json"
+            holder = path.read_text(errors="replace").strip() if path.exists() else "?"
+            raise UserError(
+                f"{self.folder} is in use by {holder}. Wait for it, or use another --out."
+            ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            print(
+                f"warning: the file system of {self.folder} has no locks: make sure that no other "
+                "process uses this folder",
+                file=sys.stderr,
             )
-            raise UserError(
-                f"{folder} is in use by {holder.strip()}. Wait for it, or use another --out."
-            ) from None
-        except OSError as error:
-            raise UserError(
-                f"cannot write to {folder} ({error.strerror}). Pass a writable --out."
-            ) from None
-        try:
-            started = datetime.now(UTC).isoformat(timespec="seconds")
-            holder = f"process {os.getpid()} on {platform.node()} since {started}"
-            write_atomic(folder / ".lock.json", holder.encode())
-            self.results = self._read(restart)
-            self.features = self._read_features()
-            self.log_file = (folder / "log.txt").open("a", buffering=1)
-        except OSError as error:
-            self.lock.release()
-            raise UserError(
-                f"cannot write to {folder} ({error.strerror}). Pass a writable --out."
-            ) from None
-        except BaseException:
-            self.lock.release()
-            raise
 
     def __enter__(self) -> ResultsFolder:
         return self
@@ -93,24 +104,26 @@ class ResultsFolder:
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()
 
     def _read(self, restart: bool) -> dict[str, Any]:
-        for stray in self.folder.glob(".*.tmp"):
-            stray.unlink(missing_ok=True)
+        for place in (".", "checkpoints/*", "adapters/*"):  # not the subfolders, of other runs
+            for stray in self.folder.glob(f"{place}/.*.tmp"):
+                stray.unlink(missing_ok=True)
         if restart:
             print(f"--restart: discarding the run in {self.folder}", file=sys.stderr)
             for path in (self.path, self.folder / "features.npz"):
                 path.unlink(missing_ok=True)
-            for path in sorted((self.folder / "checkpoints").glob("*/*")):
-                path.unlink()
+            for part in ("checkpoints", "adapters"):
+                for path in sorted(self.folder.glob(f"{part}/*/*")):
+                    path.unlink()
         if not self.path.exists():
             return {"rows": {}}
         try:
             results = json.loads(self.path.read_text())
             held = results["identity"]
             results["rows"], results["provenance"]
-            if results.get("rows_sha256", _rows_sha256(results["rows"])) != _rows_sha256(
-                results["rows"]
-            ):
-                raise ValueError("its rows do not match their sha256")
+            for part in DIGESTED:
+                digest = results.get(f"{part}_sha256")  # older ones have none
+                if digest not in (None, json_sha256(results.get(part))):
+                    raise ValueError(f"its {part} do not match their sha256")
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{self.path} is not a whole results file ({error}). Put a good copy back, or pass "
@@ -128,6 +141,8 @@ class ResultsFolder:
         path = self.folder / "features.npz"
         if not path.exists():
             # rows without features cannot be analysed: train them again (from their checkpoints)
+            if self.results["rows"]:
+                print(f"warning: {path} is gone: its rows are made again", file=sys.stderr)
             self.results["rows"] = {}
             return {}
         try:
@@ -153,7 +168,9 @@ class ResultsFolder:
         self.write()
 
     def write(self) -> None:
-        self.results["rows_sha256"] = _rows_sha256(self.results["rows"])
+        for part in DIGESTED:
+            if part in self.results:
+                self.results[f"{part}_sha256"] = json_sha256(self.results[part])
         write_json(self.path, self.results)
 
     def write_features(self) -> None:
@@ -168,11 +185,6 @@ class ResultsFolder:
         if show:
             tqdm.write(line)
             sys.stdout.flush()
-
-
-def _rows_sha256(rows: dict) -> str:
-    read_back = json.loads(json.dumps(rows))  # whose keys are text, as in the file
-    return hashlib.sha256(json.dumps(read_back, sort_keys=True).encode()).hexdigest()
 
 
 def _git(*words: str) -> str | None:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from gradients import Audit
 from recipe import derive_seed, seed_everything
 from reporter import Reporter
 from results import ResultsFolder, commit
-from training import Fit
+from training import Fit, Interrupted
 from workers import Trained, finished
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def train_one(
             study.save_model(model, folder.folder / "adapters" / f"{arm.name}-{seed}")
         zero = fit.evaluate(study.evaluation, collect=FEATURES, check_stop=stop.check)
         features = _rounded(zero.features) | initial | _compressor_arrays(model, "")
-        row = _row(study, model, fit, zero, features, seed)
+        row = _row(study, model, fit, zero, features, seed, stop)
     return row, features
 
 
@@ -103,9 +104,15 @@ def _fitted(
         folder.log(
             f"{arm.name}, seed {seed}: going on from step {fit.step_number} of {fit.total_steps}"
         )
-    with Reporter(folder, fit, plain=study.config.jobs > 1) as reporter:
-        fit.run(lambda f: store.save(f.step_number, *f.state()), reporter, stop.check)
-    yield fit, initial
+    try:
+        with Reporter(folder, fit, plain=study.config.jobs > 1) as reporter:
+            fit.run(lambda f: store.save(f.step_number, *f.state()), reporter, stop.check)
+        yield fit, initial
+    except Interrupted as stopped:
+        stopped.saved = store.newest
+        if stopped.saved is not None:
+            folder.log(f"{arm.name}, seed {seed}: saved at step {stopped.saved}")
+        raise
     store.finished()
 
 
@@ -182,6 +189,7 @@ def _row(
     zero: Evaluation,
     features: dict[str, np.ndarray],
     seed: int,
+    stop: StopSignals,
 ) -> dict[str, Any]:
     """Score what is stored, so that the stored features give every number again."""
     labels = study.evaluation.labels.numpy()
@@ -203,11 +211,13 @@ def _row(
     if fit.progress.audits:
         row["audits"] = fit.progress.audits
     if model.arm.has_prefix:
-        row["final"]["modes"] = evaluate_modes(model, study.evaluation, fit.recipe, zero, seed)
+        score = partial(fit.evaluate, study.evaluation, check_stop=stop.check)
+        row["final"]["modes"] = evaluate_modes(score, zero, seed)
     if model.compressor is not None:
         order = np.random.default_rng(derive_seed(0, "train sample")).permutation(len(study.train))
         sample = study.train.select(np.sort(order[:TRAIN_SAMPLE]))
-        train = fit.evaluate(sample, collect=("engram",)).features["engram"]
+        seen = fit.evaluate(sample, collect=("engram",), check_stop=stop.check)
+        train = seen.features["engram"]
         classes = len(study.dataset.class_names)
         features["train_centroids"] = kmeans(train, classes, seed).centroids.astype(np.float32)
         assigned = nearest_centroid(features["engram"], features["train_centroids"])

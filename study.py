@@ -90,7 +90,7 @@ def run_study(study: Study, out: Path, seeds: list[int], stop: StopSignals) -> P
     defaults = identity_defaults(config)
     restart = config.restart or not config.resume
     with ResultsFolder(out, identity, defaults, restart) as folder:
-        for note in study.dataset.notes:
+        for note in notes_on(study):
             folder.log(note)
         started = time.monotonic()
         before = folder.results.get("provenance", {}).get("wall_seconds", 0.0)
@@ -116,8 +116,22 @@ def run_study(study: Study, out: Path, seeds: list[int], stop: StopSignals) -> P
             folder.results["provenance"]["wall_seconds"] = before + time.monotonic() - started
             folder.add(name, seed, row, features)
             folder.log(_summary(name, seed, row))
+        stop.check()
         _analyse_and_draw(folder)
     return out
+
+
+def notes_on(study: Study) -> list[str]:
+    """What a reader of the numbers must know: notes on the rows, and how many texts were cut."""
+    dataset = study.dataset
+    splits = (dataset.train, study.train), (dataset.evaluation, study.evaluation)
+    cut = [
+        f"{encoded.truncated:,} of {len(encoded):,} {split.name} texts cut at "
+        f"{study.config.max_tokens} tokens"
+        for split, encoded in splits
+        if encoded.truncated
+    ]
+    return [*dataset.notes, *cut]
 
 
 def write_header(study: Study, folder: ResultsFolder) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from batches import Encoded, batch_order
-from common import Batch, StudyModel, UserError
+from common import Batch, StudyModel
 from evaluation import Evaluation, evaluate
 from memory import (
     ADVICE,
@@ -22,7 +23,7 @@ from memory import (
     restore_generator,
 )
 from parts import Losses, Totals, batch_losses, parts_of, run_part, weighted_loss
-from recipe import Recipe, derive_seed, seed_everything
+from recipe import Recipe, derive_seed, require_texts, seed_everything
 
 UNREAD_STEPS = 20  # steps whose figures may wait on a GPU
 
@@ -81,11 +82,7 @@ class Fit:
     def __init__(
         self, model: StudyModel, recipe: Recipe, train: Encoded, evaluation: Encoded, seed: int
     ) -> None:
-        if len(train) < recipe.batch_size:
-            raise UserError(
-                f"{len(train)} training rows < batch {recipe.batch_size}. "
-                f"Pass --batch-size {max(2, len(train) // 2)} or more data."
-            )
+        require_texts(len(train), recipe.batch_size)
         recipe = replace(recipe, epochs=recipe.epochs * model.arm.longer)
         if model.arm.shuffled_labels:
             shuffled = np.random.default_rng(derive_seed(seed, "labels")).permutation(len(train))
@@ -155,8 +152,18 @@ class Fit:
         release()
 
     def evaluate(self, data: Encoded, **options) -> Evaluation:
-        """`evaluate` under the limit that memory allows; a lowered one stays."""
+        """`evaluate` under the limit that memory allows; a lowered one stays.
+
+        Raises:
+            NonFiniteError: a loss is not finite.
+        """
         result = evaluate(self.model, data, self.recipe, **options)
+        if not all(math.isfinite(x or 0.0) for x in result.scores().values()):
+            raise NonFiniteError(
+                f"{self.model.arm.name}, seed {self.seed}, evaluation at step {self.step_number}: "
+                f"classification loss {result.cls_loss:.4g}, next-token loss {result.lm_loss}. "
+                "The last checkpoint is kept."
+            )
         if result.eval_tokens < self.recipe.eval_tokens:
             self.lower("eval_tokens", result.eval_tokens)
         return result
@@ -249,7 +256,8 @@ class Fit:
                     f"{self.model.arm.name}, seed {self.seed}, step {step.number}: loss "
                     f"{step.loss:.4g} (classification {losses.cls:.4g} / {losses.texts} texts, "
                     f"next token {losses.lm:.4g} / {losses.targets} targets), gradient norm "
-                    f"{step.norm:.4g}, rate {step.rate:.3g}, training rows {step.items}. "
+                    f"{step.norm:.4g}, rate {step.rate:.3g}, {self.recipe.lm_dtype}, "
+                    f"training rows {step.items}. "
                     "The weights before it are kept."
                 )
             self.progress.totals.add(losses, step.tokens)
@@ -257,7 +265,7 @@ class Fit:
 
     def run(
         self,
-        save: Callable[[Fit], int | None],
+        save: Callable[[Fit], object],
         report: Callable[[Fit, str], None],
         check_stop: Callable[[], None],
         save_every: float = 120.0,
@@ -265,8 +273,7 @@ class Fit:
         """Train what is left, evaluating and saving at every epoch's end.
 
         Args:
-            save: called every `save_every` seconds, at every epoch's end and before stopping;
-                returns the step of the newest checkpoint.
+            save: called every `save_every` seconds, at every epoch's end and before stopping.
             report: called after every step ("step") and epoch ("epoch").
             check_stop: raises Interrupted when asked to stop; called at every step.
         """
@@ -297,10 +304,7 @@ class Fit:
                         saved_at = time.monotonic()
                 self.settle()
                 result = self.evaluate(self.eval_data, check_stop=check_stop)
-            except Interrupted as stop:
-                stop.saved = save(self)
-                raise
-            except OutOfMemory:
+            except (Interrupted, OutOfMemory):
                 save(self)
                 raise
             totals = progress.totals

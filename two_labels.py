@@ -36,6 +36,7 @@ from study import (
     draw_figures,
     identity_defaults,
     identity_of,
+    notes_on,
     write_header,
 )
 from workers import Trained, finished
@@ -105,7 +106,9 @@ def studies_of(config: Config, joint: pairs.Pairs) -> dict[str, Study]:
             script=Path(__file__).name,
             backbone=experiment.backbone_name(config),
             config=config,
-            recipe=flags.recipe_of(config, schedule="cosine-epoch", window=config.window),
+            recipe=flags.recipe_of(
+                config, len(texts), schedule="cosine-epoch", window=config.window
+            ),
             dataset=dataset,
             train=batches.encode(dataset.train, vocabulary.encode, config.max_tokens),
             evaluation=batches.encode(dataset.evaluation, vocabulary.encode, config.max_tokens),
@@ -146,7 +149,7 @@ def main(argv: Sequence[str], stop: cli.StopSignals) -> None:
     seeds = config.seeds or SEEDS
 
     with ResultsFolder(out, identity, identity_defaults(config), restart) as folder:
-        for note in first.dataset.notes:
+        for note in notes_on(first):
             folder.log(note)
         started = time.monotonic()
         before = folder.results.get("provenance", {}).get("wall_seconds", 0.0)
@@ -169,6 +172,7 @@ def main(argv: Sequence[str], stop: cli.StopSignals) -> None:
             folder.results["provenance"]["wall_seconds"] = before + time.monotonic() - started
             folder.add(condition, seed, row, features)
             folder.log(f"{condition}, seed {seed}: accuracy {row['final']['accuracy']:.4f}")
+        stop.check()
         analyse(folder, config.smoke)
 
 

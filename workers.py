@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
-import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import numpy as np
 
 from cli import StopSignals
 from flags import StudyConfig
+from memory import OutOfMemory
 from training import Interrupted
 
 Task = tuple[int, str]
 Trained = tuple[dict[str, Any], dict[str, np.ndarray]]
-_shared: dict[str, Any] = {}  # what forked workers inherit
 
 
 def finished(
@@ -27,46 +28,74 @@ def finished(
 ) -> Iterator[tuple[Task, Trained]]:
     """Train the (seed, arm) of `todo`, here or in --jobs processes, each as it is done.
 
+    What stops one arm stops them all, once every process has saved.
+
     Raises:
-        Interrupted: after a signal, once every worker has saved.
+        Interrupted: after a signal.
+        OutOfMemory: a process was killed.
     """
     stop.after(config.stop_after)
-    jobs = min(config.jobs, len(todo))
-    if jobs <= 1:
+    if min(config.jobs, len(todo)) <= 1:
         for seed, name in todo:
             yield (seed, name), train(seed, name)
         return
-    _shared["train"] = train
     context = multiprocessing.get_context("fork")  # the data is inherited, not sent
-    with ProcessPoolExecutor(jobs, context, initializer=_start_worker) as pool:
-        running = {pool.submit(_work, *task): task for task in todo}
-        interrupted, told = None, False
-        while running:
-            done, _ = wait(running, timeout=0.2, return_when=FIRST_COMPLETED)
-            for future in done:
-                task = running.pop(future)
-                try:
-                    result = future.result()
-                except Interrupted as error:
-                    interrupted = error
-                else:
-                    yield task, result
-            if stop.due and not told:
-                interrupted, told = interrupted or Interrupted(stop.due), True
-                running = {f: task for f, task in running.items() if not f.cancel()}
-                for child in multiprocessing.active_children():
-                    os.kill(child.pid, signal.SIGTERM)
-        if interrupted is not None:
-            raise Interrupted(interrupted.reason)
+    waiting, running = list(todo), {}
+    failure, told = None, False
+    try:
+        while waiting or running:
+            while waiting and len(running) < config.jobs:
+                task = waiting.pop(0)
+                result, theirs = context.Pipe(duplex=False)
+                child = context.Process(target=_work, args=(train, task, theirs, stop))
+                child.start()
+                theirs.close()  # the end of a dead child is then the end of the pipe
+                running[result] = task, child
+            for result in wait(running, timeout=0.2):
+                task, outcome = running[result][0], _received(result)
+                running.pop(result)[1].join()
+                if not isinstance(outcome, BaseException):
+                    yield task, outcome
+                elif failure is None or isinstance(failure, Interrupted):
+                    failure = outcome
+            if (failure or stop.due) and not told:
+                waiting, told = [], True
+                for _, child in running.values():
+                    child.terminate()
+    finally:
+        for result, (_, child) in running.items():
+            child.terminate()
+            result.close()
+    if failure and not isinstance(failure, Interrupted):
+        raise failure
+    stop.check()
+    if failure:
+        raise failure
 
 
-def _start_worker() -> None:
-    """The parent alone answers Ctrl-C; a worker never outlives it, and lets go of the lock."""
+def _received(result: Connection) -> Trained | BaseException:
+    try:
+        return result.recv()
+    except (EOFError, OSError):
+        return OutOfMemory(
+            "the process of an arm was killed, most likely for its memory. Pass a smaller --jobs; "
+            "run the same command to continue."
+        )
+
+
+def _work(
+    train: Callable[[int, str], Trained], task: Task, result: Connection, stop: StopSignals
+) -> None:
+    """The parent alone answers Ctrl-C and second signals; a worker never outlives it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, stop.note)
     if sys.platform == "linux":
         set_parent_death_signal = 1
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-
-
-def _work(seed: int, name: str) -> Trained:
-    return _shared["train"](seed, name)
+    try:
+        outcome = train(*task)
+    except Exception as error:
+        error.add_note(traceback.format_exc())  # it does not cross the pipe by itself
+        outcome = error
+    with contextlib.suppress(OSError):  # the parent gave up
+        result.send(outcome)

@@ -51,6 +51,8 @@ def kinds(scratch: Path) -> dict[str, Kind]:
         rows = [f"{text},{label}" for text, label in zip(split.texts, split.labels, strict=True)]
         (texts / f"{split.name}.csv").write_text("\n".join(["sentence,label", *rows]) + "\n")
     pretrained.tiny_model(backbone, corpus.train.texts)
+    with pretrained.quiet():
+        import peft.tuners.lora  # noqa: F401  here once, or every forked child imports it
     shared = (*SHARED, "--data", str(texts))
     small = (*shared, "--epochs", "3", "--width", "16", "--inner", "16")
     qlora = (*shared, "--epochs", "2", "--backbone", str(backbone))

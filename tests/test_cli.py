@@ -1,6 +1,8 @@
 """Flags from a Config, and every mistake in one line that names the value and the fix."""
 
 import dataclasses
+import multiprocessing
+import os
 import signal
 import sys
 
@@ -39,10 +41,10 @@ def test_values_lists_and_switches():
     [
         (["--epoch", "3"], "unknown argument --epoch. Did you mean --epochs?"),
         (["--frobnicate"], "unknown argument --frobnicate. See --help."),
-        (["--lr", "0"], "--lr: must be a finite number > 0.0, got 0."),
-        (["--lr", "nan"], "--lr: must be a finite number > 0.0, got nan."),
+        (["--lr", "0"], "--lr: must be a finite number > 0.0 and <= 1.0, got 0."),
+        (["--lr", "nan"], "--lr: must be a finite number > 0.0 and <= 1.0, got nan."),
         (["--lr", "inf"], "got inf."),
-        (["--lr", "fast"], "--lr: must be a finite number > 0.0, got fast."),
+        (["--lr", "fast"], "--lr: must be a finite number > 0.0 and <= 1.0, got fast."),
         (["--epochs", "0"], "--epochs: must be a whole number >= 1, got 0."),
         (["--epochs", "1.5"], "got 1.5."),
         (["--epochs", "-1"], "got -1."),
@@ -93,12 +95,16 @@ def test_errors_become_one_line_and_an_exit_code(capsys, error, code, line):
     assert capsys.readouterr().err.endswith(line)
 
 
-def test_debug_shows_the_traceback():
+@pytest.mark.parametrize("error", [UserError("x"), NonFiniteError("x")])
+def test_debug_shows_the_traceback_and_keeps_the_exit_code(capsys, error):
     def main(argv, stop):
-        raise UserError("x")
+        raise error
 
-    with pytest.raises(UserError):
-        cli.run(main, ["--debug"])
+    code = cli.run(main, [])
+    assert "Traceback" not in capsys.readouterr().err
+    assert cli.run(main, ["--debug"]) == code
+    said = capsys.readouterr().err
+    assert "Traceback" in said and "in main" in said and said.endswith(": x\n")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -116,6 +122,21 @@ def test_a_signal_is_raised_at_the_next_check_only(capsys, number, code):
     assert cli.run(main, []) == code
     assert "saved at step 12; run the same command to continue" in capsys.readouterr().err
     assert signal.getsignal(number) is before
+
+
+def test_a_second_signal_exits_at_once():
+    def work():
+        def main(argv, stop):
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+            os._exit(99)
+
+        os._exit(cli.run(main, []))
+
+    child = multiprocessing.get_context("fork").Process(target=work)
+    child.start()
+    child.join(20)
+    assert child.exitcode == 143
 
 
 def test_success_is_zero():

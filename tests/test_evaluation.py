@@ -1,6 +1,7 @@
 """Scores and features of a split, whatever its batches; the modes of the engram."""
 
 import dataclasses
+from functools import partial
 
 import numpy as np
 import pytest
@@ -31,7 +32,8 @@ def test_evaluation_modes_differ_where_the_engram_matters(corpus, make_model, re
     with torch.no_grad():
         model.projector.linear.weight.mul_(20)
     zero = evaluation.evaluate(model, corpus[1], recipe, collect=("engram",))
-    modes = evaluation.evaluate_modes(model, corpus[1], recipe, zero, 0)
+    score = partial(evaluation.evaluate, model, corpus[1], recipe)
+    modes = evaluation.evaluate_modes(score, zero, 0)
     assert tuple(modes) == evaluation.EVAL_MODES
     assert modes["zero"] == zero.scores()
     assert len({m["cls_loss"] for m in modes.values()}) == 5

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -93,7 +94,7 @@ def test_own_texts_train_and_land_in_a_folder_of_their_own(tmp_path, monkeypatch
     path = tmp_path / "Shop Reviews.tsv"
     path.write_text("review\tlabel\n" + "".join(f"{t}\t{y}\n" for t, y in rows))
     words = ["--data", str(path), "--labels", "neg", "pos", "--epochs", "2", "--batch-size", "8",
-             "--width", "16", "--arms", "dual_engram"]  # fmt: skip
+             "--width", "16", "--arms", "dual_engram", "--threads", "1"]  # fmt: skip
     assert cli.run(experiment.main, words) == 0, capsys.readouterr().err
     (made,) = (tmp_path / "results").glob("*/results.json")
     results = json.loads(made.read_text())
@@ -118,3 +119,14 @@ def test_an_evaluation_of_a_few_rows_runs_and_says_what_has_no_value(tmp_path, c
     engram = results["rows"]["dual_engram"]["0"]["engram"]
     assert (engram["cosine_within"] is None) == (len(rows) == 2)
     assert (tmp_path / "out" / "engram_clusters.png").exists()
+
+
+def test_cut_texts_are_counted_aloud(tmp_path, monkeypatch, capsys):
+    rows = "".join(f"{'word ' * (100_000 if i < 7 else 3)}{i},{i % 2}\n" for i in range(90))
+    (tmp_path / "x.csv").write_text("text,label\n" + rows)
+    words = ["--data", str(tmp_path / "x.csv"), "--out", str(tmp_path / "out"), "--threads", "1"]
+    words += ["--width", "16", "--inner", "16", "--max-tokens", "8", "--stop-after", "0.001s"]
+    assert cli.run(experiment.main, words) == 0
+    said = capsys.readouterr().out
+    counts = [int(n) for n in re.findall(r"^(\d+) of \d+ \S+ texts cut at 8 tokens$", said, re.M)]
+    assert sum(counts) == 7
