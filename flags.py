@@ -115,6 +115,8 @@ FREE = (
     "resume",
     "restart",
     "stop_after",
+    "lr_grid",  # what was tried stays, and more can be tried
+    "tune_seeds",
     "debug",
     "threads",
     "data",

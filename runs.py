@@ -52,10 +52,12 @@ def train_one(
     study: Study, folder: ResultsFolder, arm: Arm, seed: int, stop: StopSignals
 ) -> Trained:
     """Train (or go on with) one arm of one seed; its row of results.json and its features."""
+    place = f"{arm.name}-{seed}"
     if arm.tuned:
         rate = folder.results["tuning"][arm.name]["chosen"]
-        study = dataclasses.replace(study, recipe=dataclasses.replace(study.recipe, lr=rate))
-    with _fitted(study, folder, arm, seed, stop) as (fit, initial):
+        study = _at_rate(study, rate)
+        place += f"-at-{rate:g}"  # not what was begun at a rate that is no longer the best
+    with _fitted(study, folder, arm, seed, stop, place) as (fit, initial):
         model = fit.model
         if study.save_model is not None:
             study.save_model(model, folder.folder / "adapters" / f"{arm.name}-{seed}")
@@ -65,11 +67,15 @@ def train_one(
     return row, features
 
 
+def _at_rate(study: Study, rate: float) -> Study:
+    return dataclasses.replace(study, recipe=dataclasses.replace(study.recipe, lr=rate))
+
+
 @contextlib.contextmanager
 def _fitted(
-    study: Study, folder: ResultsFolder, arm: Arm, seed: int, stop: StopSignals
+    study: Study, folder: ResultsFolder, arm: Arm, seed: int, stop: StopSignals, place: str
 ) -> Iterator[tuple[Fit, dict[str, np.ndarray]]]:
-    """Train (or go on with) an arm; its checkpoints go once the caller has what it needs."""
+    """Train (or go on with) an arm; its checkpoints, in `place`, go once the caller is done."""
     seed_everything(seed, "initialisation")
     classes = len(study.dataset.class_names)
     model = StudyModel(study.make_backbone(arm), arm, classes, study.config.engram_dim)
@@ -83,7 +89,7 @@ def _fitted(
         "device": study.device.type,
     }
     store = CheckpointStore(
-        folder.folder / "checkpoints" / f"{arm.name}-{seed}",
+        folder.folder / "checkpoints" / place,
         folder.identity | environment | {"arm": asdict(arm), "seed": seed},
         folder.defaults,
     )
@@ -116,57 +122,88 @@ def _fitted(
     store.finished()
 
 
-def tune(study: Study, folder: ResultsFolder, seeds: list[int], stop: StopSignals) -> None:
-    """Find the rate of every tuned arm that is to be trained, and write it down."""
+def _trials(config: StudyConfig) -> dict[str, tuple[str, float]]:
+    return {
+        tuning.trial_name(name, rate): (name, rate)
+        for name in config.arms
+        if ARMS[name].tuned
+        for rate in config.lr_grid
+    }
+
+
+def untried(config: StudyConfig, folder: ResultsFolder) -> list[tuple[int, str]]:
+    """The (seed, trial) of every tuned arm and rate that the folder does not know yet."""
+    known = folder.results.get("tuning", {})
+
+    def tried(name: str, rate: float) -> dict[str, float]:
+        return known.get(name, {}).get("trials", {}).get(f"{rate:g}", {})
+
+    return [
+        (seed, trial)
+        for seed in range(config.tune_seeds)
+        for trial, (name, rate) in _trials(config).items()
+        if str(seed) not in tried(name, rate)
+    ]
+
+
+def tune(study: Study, folder: ResultsFolder, stop: StopSignals) -> None:
+    """Try what is untried, and write down every tuned arm's best rate.
+
+    Rates tried earlier count too, so a longer --lr-grid goes on where a shorter one ended; rows
+    trained at a rate that is no longer the best are dropped, aloud.
+    """
     config = study.config
-    arms = [ARMS[n] for n in config.arms if ARMS[n].tuned]
-    arms = [arm for arm in arms if not all(folder.has(arm.name, seed) for seed in seeds)]
-    if not arms:
+    names = [name for name in config.arms if ARMS[name].tuned]
+    if not names:
         return
+    known = folder.results.setdefault("tuning", {})
+    if todo := untried(config, folder):
+        _try(study, folder, todo, stop)
+    for name in names:
+        found = known[name]
+        rates = [float(rate) for rate in found["trials"]]
+        chosen = found["chosen"] = tuning.choose(found["trials"])
+        edge = chosen in (min(rates), max(rates))
+        at = "; the edge of --lr-grid: a rate beyond it may be better" if edge else ""
+        folder.log(f"{name}: rate {chosen:g} is the best on {found['dev_rows']:,} dev texts{at}")
+        for seed, row in list(folder.results["rows"].get(name, {}).items()):
+            if row["learning_rate"] != chosen:
+                folder.log(f"{name}, seed {seed}: was trained at {row['learning_rate']:g}, dropped")
+                del folder.results["rows"][name][seed]
+    folder.write()
+
+
+def _try(study: Study, folder: ResultsFolder, todo: list, stop: StopSignals) -> None:
+    """Train trials on all but the dev split of the training texts, and keep their accuracy on it.
+
+    Raises:
+        UserError: the texts give no dev split with every class.
+    """
+    config, trials, known = study.config, _trials(study.config), folder.results["tuning"]
     texts, classes = study.dataset.train.texts, len(study.dataset.class_names)
     out = tuning.held_out(texts, derive_seed(0, "dev split"))
     rows, dev = np.flatnonzero(~out), np.flatnonzero(out)
     if len(np.unique(study.dataset.train.labels[dev])) < classes:
         raise UserError(
-            f"{arms[0].name} chooses its rate on a dev split, and {len(texts)} training texts "
-            "give none with every class. Leave this arm out, or give more texts."
+            f"{trials[todo[0][1]][0]} chooses its rate on a dev split, and {len(texts)} training "
+            "texts give none with every class. Leave this arm out, or give more texts."
         )
     part = dataclasses.replace(
         study, train=study.train.select(rows), evaluation=study.train.select(dev)
     )
-    known = folder.results.setdefault("tuning", {})
-    for arm in arms:
-        known.setdefault(arm.name, {"dev_rows": len(dev), "trials": {}})
-    trials = {
-        tuning.trial_name(arm.name, rate): (arm_for(config, arm.name), rate)
-        for arm in arms
-        for rate in config.lr_grid
-    }
-    todo = [
-        (seed, name)
-        for seed in range(config.tune_seeds)
-        for name, (arm, rate) in trials.items()
-        if str(seed) not in known[arm.name]["trials"].get(f"{rate:g}", {})
-    ]
 
-    def train(seed: int, name: str) -> Trained:
-        arm, rate = trials[name]
-        trial = dataclasses.replace(part, recipe=dataclasses.replace(part.recipe, lr=rate))
-        with _fitted(trial, folder, dataclasses.replace(arm, name=name), seed, stop) as (fit, _):
+    def train(seed: int, trial: str) -> Trained:
+        name, rate = trials[trial]
+        arm = dataclasses.replace(arm_for(config, name), name=trial)
+        with _fitted(_at_rate(part, rate), folder, arm, seed, stop, f"{trial}-{seed}") as (fit, _):
             return {"accuracy": fit.progress.epochs[-1]["eval_accuracy"]}, {}
 
-    for (seed, name), (row, _) in finished(train, todo, config, stop):
-        arm, rate = trials[name]
-        found = known[arm.name]["trials"].setdefault(f"{rate:g}", {})
-        found[str(seed)] = row["accuracy"]
+    for (seed, trial), (row, _) in finished(train, todo, config, stop):
+        name, rate = trials[trial]
+        found = known.setdefault(name, {"dev_rows": len(dev), "trials": {}})
+        found["trials"].setdefault(f"{rate:g}", {})[str(seed)] = row["accuracy"]
         folder.write()
-        folder.log(f"{name}, seed {seed}: dev accuracy {row['accuracy']:.4f}")
-    for arm in arms:
-        chosen = known[arm.name]["chosen"] = tuning.choose(known[arm.name]["trials"])
-        edge = chosen in (min(config.lr_grid), max(config.lr_grid))
-        at = "; the edge of --lr-grid: a rate beyond it may be better" if edge else ""
-        folder.log(f"{arm.name}: rate {chosen:g} is the best on {len(dev):,} dev texts{at}")
-    folder.write()
+        folder.log(f"{trial}, seed {seed}: dev accuracy {row['accuracy']:.4f}")
 
 
 def _rounded(features: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -20,8 +20,8 @@ from data import Dataset
 from flags import FREE, StudyConfig
 from recipe import Recipe
 from results import ResultsFolder, provenance
-from runs import arm_for, train_one, tune
-from workers import Trained, finished
+from runs import arm_for, train_one, tune, untried
+from workers import Task, Trained, finished
 
 SCHEMA_VERSION = 1
 
@@ -94,13 +94,17 @@ def run_study(study: Study, out: Path, seeds: list[int], stop: StopSignals) -> P
             folder.log(note)
         started = time.monotonic()
         before = folder.results.get("provenance", {}).get("wall_seconds", 0.0)
-        todo = [(s, a) for s in seeds for a in config.arms if not folder.has(a, s)]
+
+        def missing() -> list[Task]:
+            return [(s, a) for s in seeds for a in config.arms if not folder.has(a, s)]
+
+        todo = missing()
         kept = len(seeds) * len(config.arms) - len(todo)
         if kept:
             folder.log(
                 f"{kept} of {kept + len(todo)} (arm, seed) are in {folder.path} already; kept"
             )
-        if todo or "provenance" not in folder.results:
+        if todo or untried(config, folder) or "provenance" not in folder.results:
             write_header(study, folder)
         folder.results["departures"] = departures(config)
         given = {"labels": study.evaluation.labels.numpy(), "lengths": study.evaluation.lengths}
@@ -111,8 +115,8 @@ def run_study(study: Study, out: Path, seeds: list[int], stop: StopSignals) -> P
         def train(seed: int, name: str) -> Trained:
             return train_one(study, folder, arm_for(config, name), seed, stop)
 
-        tune(study, folder, seeds, stop)
-        for (seed, name), (row, features) in finished(train, todo, config, stop):
+        tune(study, folder, stop)
+        for (seed, name), (row, features) in finished(train, missing(), config, stop):
             folder.results["provenance"]["wall_seconds"] = before + time.monotonic() - started
             folder.add(name, seed, row, features)
             folder.log(_summary(name, seed, row))

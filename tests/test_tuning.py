@@ -7,6 +7,7 @@ import pytest
 
 import cli
 import experiment
+import study
 import tuning
 from results import ResultsFolder
 from training import Interrupted
@@ -52,6 +53,7 @@ WORDS = (
 
 
 def test_a_stopped_choice_goes_on_and_the_chosen_rate_is_trained(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "draw_figures", lambda folder: None)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert cli.run(experiment.main, [*WORDS.split(), str(whole)]) == 0
     log, said = ResultsFolder.log, []
@@ -77,6 +79,31 @@ def test_a_stopped_choice_goes_on_and_the_chosen_rate_is_trained(tmp_path, monke
         assert row["learning_rate"] == found["chosen"]
         assert row["final"] == other["rows"]["dual_tuned"][seed]["final"]
     assert {row["arm"] for row in one["analysis"]["tuning"]} == {"dual_tuned"}
+
+
+def test_a_longer_grid_goes_on_and_a_row_at_another_rate_is_trained_again(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(study, "_analyse_and_draw", lambda folder: None)
+    words = ["--smoke", "--arms", "dual_tuned", "--seeds", "0", "--epochs", "6", "--threads", "1"]
+    words += ["--width", "16", "--inner", "16", "--out", str(tmp_path), "--lr-grid"]
+
+    def run(*rates):
+        assert cli.run(experiment.main, [*words, *rates]) == 0
+        found = json.loads((tmp_path / "results.json").read_text())
+        assert (
+            found["rows"]["dual_tuned"]["0"]["learning_rate"]
+            == found["tuning"]["dual_tuned"]["chosen"]
+        )
+        return found["tuning"]["dual_tuned"], capsys.readouterr().out
+
+    short, said = run("1e-5", "1e-4")
+    assert "the edge of --lr-grid" in said
+    longer, said = run("1e-5", "1e-4", "1e-2")
+    assert longer["trials"].items() > short["trials"].items()
+    assert said.count("dev accuracy") == 1
+    assert longer["chosen"] == 0.01 and f"was trained at {short['chosen']:g}, dropped" in said
+    assert run("1e-5")[0] == longer  # what is known counts, asked for or not
 
 
 def test_texts_that_give_no_dev_split_are_refused(tmp_path, capsys):
