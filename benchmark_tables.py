@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ QLORA_COSTS = {
     "ours_times_faster": "ours, times faster",
     "peak_mib": "peak MiB",
     "last_loss": "loss",
+    "hours": "hours a study, extrapolated",
 }
 CONTENDERS = {
     "published": "published recipe",
@@ -69,14 +71,29 @@ def _small_table(found: Mapping, shown: Mapping[str, str]) -> tuple:
     return f"{caption}; MB: peak memory of the process.", header, rows
 
 
+_CASE = ("dataset", "backbone", "machine")
+
+
+def _case_name(case: Mapping) -> str:
+    slugs = (re.sub(r"[^a-z0-9]+", "", case[key].lower()) for key in _CASE)
+    return ".".join((*slugs, case["arm"]))
+
+
+def _told(cases: list[Mapping]) -> tuple[str, list[str]]:
+    """What all cases share, for a caption; and the keys of _CASE that need a column."""
+    differing = [key for key in _CASE if key == "dataset" or len({c[key] for c in cases}) > 1]
+    shared = [cases[0][key] for key in _CASE if key not in differing]
+    return ", ".join([*shared, *sorted({case["date"] for case in cases})]), differing
+
+
 def _qlora_cases(found: Mapping) -> Iterator[tuple[str, Mapping, str, Mapping]]:
     """(name, case, contender, its figures)."""
     for case in found["cases"]:
-        slug = case["dataset"].lower().replace(" ", "").replace("-", "")
         for contender in CONTENDERS:
-            if contender in case["rows"]:
-                name = f"{slug}.{case['arm']}.{contender}"
-                yield name, case, contender, case["rows"][contender]
+            if row := case["rows"].get(contender):
+                steps = case.get("full_steps")  # older cases have none
+                hours = {"hours": row["ms_per_step"] * steps / 3.6e6} if steps else {}
+                yield f"{_case_name(case)}.{contender}", case, contender, row | hours
 
 
 def _qlora_values(found: Mapping) -> Iterator[tuple[str, str]]:
@@ -89,20 +106,56 @@ def _qlora_values(found: Mapping) -> Iterator[tuple[str, str]]:
 
 def _qlora_table(found: Mapping, shown: Mapping[str, str]) -> tuple:
     kept = [c for c in QLORA_COSTS if any(r.get(c) is not None for *_, r in _qlora_cases(found))]
-    header = ["data set", "arm", "contender", *(QLORA_COSTS[cost] for cost in kept)]
+    told, differing = _told(found["cases"])
+    header = [*differing, "cut at", "arm", "contender", *(QLORA_COSTS[cost] for cost in kept)]
     rows = [
         [
-            *(f"{case['dataset']}, {case['max_tokens']} tokens", title_of(case["arm"])),
+            *(case[key] for key in differing),
+            *(f"{case['max_tokens']} tokens", title_of(case["arm"])),
             *(CONTENDERS[contender], *(shown[f"{name}.{cost}"] for cost in kept)),
         ]
         for name, case, contender, _ in _qlora_cases(found)
     ]
-    told = {f"{c['backbone']} on {c['machine']}, {c['date']}" for c in found["cases"]}
     sizes = {
         f"{c['rounds']} rounds of {c['steps']} step{'s' * (c['steps'] > 1)}" for c in found["cases"]
     }
-    caption = f"{'; '.join(sorted(told))}; batches of 16; medians ({'; '.join(sorted(sizes))})"
-    return f"{caption}; loss: mean of the last round's steps.", header, rows
+    caption = f"{told}; batches of 16; medians ({'; '.join(sorted(sizes))})"
+    extrapolated = "hours: the full training set's steps at the measured time of one"
+    return f"{caption}; loss: mean of the last round's steps; {extrapolated}.", header, rows
+
+
+def _passes(found: Mapping) -> Iterator[tuple[str, Mapping, Mapping]]:
+    """(name, case, point) of every pass that was timed."""
+    for case in found["cases"]:
+        for point in case.get("passes", {}).get("points", []):
+            yield f"{_case_name(case)}.{point['tokens']}", case, point
+
+
+def _passes_values(found: Mapping) -> Iterator[tuple[str, str]]:
+    for name, _, point in _passes(found):
+        yield f"{name}.ms", f"{point['ms']:,.0f}"
+    for case in found["cases"]:
+        for part, digits in (("fixed_ms", 0), ("ms_per_token", 2)):
+            value = case.get("passes", {}).get(part)
+            yield f"{_case_name(case)}.{part}", NONE if value is None else f"{value:,.{digits}f}"
+
+
+def _passes_table(found: Mapping, shown: Mapping[str, str]) -> tuple:
+    timed = [case for case in found["cases"] if case.get("passes")]
+    if not timed:
+        return "", [], []
+    told, differing = _told(timed)
+    parts = ("fixed_ms", "ms_per_token")
+    rows = [
+        [
+            *(case[key] for key in differing),
+            *(title_of(case["arm"]), f"{point['tokens']:,}", shown[f"{name}.ms"]),
+            *(shown[f"{_case_name(case)}.{part}"] for part in parts),
+        ]
+        for name, case, point in _passes(found)
+    ]
+    header = [*differing, "arm", "real tokens", "ms", "line: fixed ms", "line: ms a token"]
+    return f"{told}; one forward and backward pass of ours.", header, rows
 
 
 FAULT_OUTCOMES = {
@@ -218,7 +271,7 @@ BENCHMARKS = {
         _small_table,
     ),
     **{
-        f"benchmark-qlora-{kind}": Benchmark(
+        f"benchmark-{name}-{kind}": Benchmark(
             f"benchmarks/qlora-{kind}.json",
             {
                 "cases": [
@@ -229,8 +282,12 @@ BENCHMARKS = {
                     }
                 ]
             },
-            _qlora_values,
-            _qlora_table,
+            values,
+            table,
+        )
+        for name, values, table in (
+            ("qlora", _qlora_values, _qlora_table),
+            ("passes", _passes_values, _passes_table),
         )
         for kind in ("cpu", "gpu")
     },
@@ -271,4 +328,6 @@ def benchmark_table(name: str, benchmarks: Mapping[str, Any], shown: Mapping[str
         return f"{MISSING.capitalize()}.\n"
     short = {k.removeprefix(f"{name}."): v for k, v in shown.items() if k.startswith(f"{name}.")}
     caption, header, rows = BENCHMARKS[name].table(benchmarks[name], short)
+    if not rows:
+        return f"{MISSING.capitalize()}.\n"
     return f"{caption}\n\n{markdown(header, rows)}"

@@ -202,7 +202,7 @@ class Fit:
         while done is None:
             self.optimizer.zero_grad(set_to_none=True)
             try:
-                done = self._gradients(batch)
+                done = self.gradients(batch)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
@@ -232,7 +232,7 @@ class Fit:
         targets = times * (len(batch.tokens) - len(batch)) if arm.lm_weight else 0
         return {"texts": times * len(batch), "targets": targets}
 
-    def _gradients(self, batch: Batch) -> tuple[Losses, Tensor, Tensor]:
+    def gradients(self, batch: Batch) -> tuple[Losses, Tensor, Tensor]:
         """Fill the gradients, clipped: the step's sums, its loss and the norm before clipping."""
         arm, recipe = self.model.arm, self.recipe
         parts = parts_of(arm, batch, recipe.micro_batch_tokens)

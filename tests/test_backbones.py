@@ -16,6 +16,7 @@ import lora
 import pretrained as pretrained_module
 from arms import ARMS
 from batches import Encoded, encode
+from benchmarks import random_backbone
 from common import Batch, StudyModel, UserError, lm_loss, mean_pool
 from data import Split
 from parts import parts_of
@@ -406,3 +407,23 @@ def test_limits_are_known_before_loading(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained_module, "LARGE", 1000)
     with pytest.raises(UserError, match="no CUDA GPU"):
         loaded(source)
+
+
+def test_a_random_backbone_loads_whole_and_has_the_published_size(tmp_path):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny(tmp_path / "tiny"))
+    sizes = dict(random_backbone.SIZES["qwen2.5-7b"])
+    kind = sizes.pop("model_type")
+    with torch.device("meta"):
+        config = transformers.AutoConfig.for_model(kind, **sizes)
+        whole = transformers.AutoModelForCausalLM.from_config(config)
+    assert sum(p.numel() for p in whole.parameters()) == 7_615_616_512  # its model card: 7.61B
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    small |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": len(tokenizer)}
+    config = transformers.AutoConfig.for_model(kind, **(sizes | small))
+    tokenizer.save_pretrained(tmp_path / "made")
+    total = random_backbone.write(tmp_path / "made", config, shard_bytes=10_000)
+    assert len(list((tmp_path / "made").glob("*.safetensors"))) > 2
+    model = loaded(tmp_path / "made", quantise="nf4", dtype="bfloat16").backbone.model
+    names = [n for n, _ in model.named_parameters() if "lora" not in n]
+    assert total == sum(w.numel() for _, w in random_backbone.weights(config))
+    assert len(names) == len(list(random_backbone.weights(config)))

@@ -46,7 +46,7 @@ def test_the_parts_of_a_gradient_are_the_whole(make_model, recipe, corpus, arm, 
     batch = fit.train_data.batch(np.arange(32))
     losses = [x for x in gradients.LOSSES if getattr(fit.model.arm, f"{x}_weight")]
     found = [loss_gradients(fit, batch, loss) for loss in losses]
-    fit._gradients(batch)
+    fit.gradients(batch)
     flat = [p.grad.flatten() for p in fit.model.backbone.parameters()]
     whole = {"backbone": torch.cat(flat)}
     if fit.model.compressor is not None:

@@ -362,14 +362,29 @@ def test_qlora_benchmark_names_data_set_arm_and_contender():
     row = {"tokens_per_s": 1234.56, "ms_per_step": 99.6, "last_loss": 2.0, "peak_mib": None}
     case = {"dataset": "SST-2", "arm": "dual", "max_tokens": 128, "steps": 4, "rounds": 3}
     case |= {"backbone": "tiny", "machine": "2 cores", "date": "2025-01-01"}
-    found = {"cases": [case | {"rows": {"ours": row, "published": row | {"tokens_per_s": 10}}}]}
+    points = [{"tokens": 64, "ms": 20.0}, {"tokens": 128, "ms": 30.0}]
+    case |= {"passes": {"points": points, "fixed_ms": 10.0, "ms_per_token": 0.156}}
+    case |= {"full_steps": 36_000, "rows": {"ours": row, "published": row | {"tokens_per_s": 10}}}
+    found = {"cases": [case]}
     every = dict.fromkeys(benchmark_tables.BENCHMARKS) | {"benchmark-qlora-cpu": found}
     assert not list(benchmark_tables.benchmark_mismatches(every))
     known = benchmark_tables.benchmark_values(every)
-    assert known["benchmark-qlora-cpu.sst2.dual.ours.tokens_per_s"] == "1,234.6"
+    assert known["benchmark-qlora-cpu.sst2.tiny.2cores.dual.ours.tokens_per_s"] == "1,234.6"
     text = benchmark_tables.benchmark_table("benchmark-qlora-cpu", every, known)
-    assert "| SST-2, 128 tokens | Model 2: + next token | ours | 1,234.6 | 100 | 2.000 |" in text
-    assert "peak" not in text
+    line = "| SST-2 | 128 tokens | Model 2: + next token | ours | 1,234.6 | 100 | 2.000 | 1.0 |"
+    assert line in text
+    assert "peak" not in text and "machine" not in text
+    every["benchmark-passes-cpu"] = found
+    known = benchmark_tables.benchmark_values(every)
+    text = benchmark_tables.benchmark_table("benchmark-passes-cpu", every, known)
+    assert "| SST-2 | Model 2: + next token | 128 | 30 | 10 | 0.16 |" in text
+    del case["passes"]
+    text = benchmark_tables.benchmark_table("benchmark-passes-cpu", every, known)
+    assert text == "Not measured.\n"
+    found["cases"].append(case | {"machine": "another"})
+    known = benchmark_tables.benchmark_values(every)
+    text = benchmark_tables.benchmark_table("benchmark-qlora-cpu", every, known)
+    assert "| SST-2 | another | 128 tokens |" in text and "| SST-2 | 2 cores | 128" in text
     with pytest.raises(schema.ReportError, match="no benchmark"):
         benchmark_tables.benchmark_table("benchmark-nothing", every, known)
 
