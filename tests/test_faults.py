@@ -195,10 +195,10 @@ def test_a_full_disk_is_one_line(capsys):
     assert capsys.readouterr().err.endswith(": stopped: cannot write x\n")
 
 
-def test_a_disk_that_is_full_at_the_start_is_one_line(tmp_path, full_disk, capsys):
+def test_a_disk_that_is_full_at_the_start_is_one_line(tmp_path, full_disk, capfd):
     full_disk(0)
-    assert command(tmp_path) == 1
-    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert in_child(lambda: command(tmp_path)) == 1
+    (line,) = capfd.readouterr().err.strip().splitlines()
     assert "stopped: cannot write" in line and "No space left on device" in line
 
 
