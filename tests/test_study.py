@@ -110,20 +110,29 @@ def test_jobs_side_by_side_give_the_same_bytes(whole, tmp_path):
     assert outcome_of(tmp_path) == whole
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL, "group"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_jobs_survive_signals(whole, tmp_path, number):
-    """Sent to the parent or, as a scheduler does, to every process."""
     child = run_in_child(tmp_path, "--jobs", "2", slow=0.01)
     until = time.monotonic() + 20
     while not list(tmp_path.glob("checkpoints/*/*.json")) and time.monotonic() < until:
         time.sleep(0.02)
-    if number == "group":
-        os.killpg(child.pid, signal.SIGTERM)
-    else:
-        os.kill(child.pid, number)
+    os.kill(child.pid, number)
     child.join(20)
-    assert child.exitcode == {"group": 143, 15: 143, 2: 130, 9: -9}[number]
+    assert child.exitcode == {15: 143, 2: 130, 9: -9}[number]
     time.sleep(0.2)  # the kernel ends the workers of a killed parent
+    assert finish(tmp_path, "--jobs", "2") == 0
+    assert outcome_of(tmp_path) == whole
+
+
+def test_jobs_survive_a_signal_to_each_of_their_processes(whole, tmp_path, capfd):
+    """A scheduler's; the parent then tells its workers once more, within their step."""
+    ready = FORK.Event()
+    child = run_in_child(tmp_path, "--jobs", "2", ready=ready, slow=0.5)
+    assert ready.wait(20)
+    os.killpg(child.pid, signal.SIGTERM)
+    child.join(20)
+    assert child.exitcode == 143
+    assert capfd.readouterr().out.count("seed 0: saved at step ") == 2
     assert finish(tmp_path, "--jobs", "2") == 0
     assert outcome_of(tmp_path) == whole
 
