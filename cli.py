@@ -18,6 +18,7 @@ from typing import Any
 from common import UserError
 from files import NoRoomError
 from memory import ADVICE, OutOfMemory, is_out_of_memory
+from schema import ReportError
 from training import Interrupted, NonFiniteError
 
 
@@ -144,8 +145,8 @@ def run(main: Callable[[Sequence[str], StopSignals], None], argv: Sequence[str])
         try:
             main(argv, stop)
             return 0
-        except (UserError, NonFiniteError, NoRoomError) as error:
-            mistake = isinstance(error, UserError)
+        except (UserError, ReportError, NonFiniteError, NoRoomError) as error:
+            mistake = isinstance(error, UserError | ReportError)
             _show_traceback(argv)
             print(f"{name}: {'error' if mistake else 'stopped'}: {error}", file=sys.stderr)
             return 2 if mistake else 1

@@ -210,3 +210,19 @@ def test_memory_that_runs_out_is_survived_and_recorded(path, tmp_path):
     said = f"dual, seed 0: out of memory at step 3; micro_batch_tokens is {lowered['tokens']} from"
     assert said in (run.folder / "log.txt").read_text()
     assert trials.near(trials.outcome_of(run.folder), whole)
+
+
+def test_a_run_whose_output_nobody_reads_goes_on(path, tmp_path):
+    _, kind, whole = path
+    run = Run(kind, tmp_path / "run")
+
+    def before():
+        reader, writer = os.pipe()
+        os.close(reader)
+        for stream in (1, 2):
+            os.dup2(writer, stream)
+
+    assert run.finish(before=before) == 0
+    assert not run.said
+    assert "epoch 2 of 2" in (run.folder / "log.txt").read_text()
+    assert trials.outcome_of(run.folder) == whole

@@ -177,6 +177,22 @@ def test_a_non_finite_step_is_not_taken(corpus, make_model, recipe, monkeypatch,
     assert same(before, weights(fit))
 
 
+def test_an_evaluation_that_is_not_finite_stops_and_is_never_written(corpus, make_model, recipe):
+    fit, saved = Fit(make_model("dual"), recipe, *corpus[:2], 0), []
+    with torch.no_grad():
+        fit.model.head.outer.bias[0] = float("inf")
+    message = (
+        r"dual, seed 0, evaluation at step 0: classification loss (nan|inf), next-token loss \d"
+    )
+    with pytest.raises(NonFiniteError, match=message):
+        fit.evaluate(corpus[1])
+    fit.step = lambda batch: None
+    fit.progress.totals.texts = 1
+    with pytest.raises(NonFiniteError):
+        run(fit, save=lambda f: saved.append(f.state()))
+    assert not saved and not fit.progress.epochs
+
+
 def test_fewer_rows_than_a_batch_is_a_users_mistake(corpus, make_model, recipe):
     few = corpus[0].select(np.arange(5))
     with pytest.raises(UserError, match="5 training rows < batch 32"):
