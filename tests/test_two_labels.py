@@ -20,7 +20,6 @@ from inference import ARI_MARGIN
 from rules import MIN_SEEDS, SUPPORTED, decide_interval
 from schema import evidence_beside, read_study
 
-pytestmark = pytest.mark.xdist_group("two labels")  # one run of the script serves them all
 WORDS = 6
 
 
