@@ -167,6 +167,12 @@ class ResultsFolder:
         self.results["rows"].setdefault(arm, {})[str(seed)] = row
         self.write()
 
+    def drop(self, arm: str, seed: str) -> None:
+        """Forget a row; the files follow with the next write."""
+        del self.results["rows"][arm][seed]
+        for name in [n for n in self.features if n.startswith(f"{arm}/{seed}/")]:
+            del self.features[name]
+
     def write(self) -> None:
         for part in DIGESTED:
             if part in self.results:

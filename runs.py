@@ -169,7 +169,7 @@ def tune(study: Study, folder: ResultsFolder, stop: StopSignals) -> None:
         for seed, row in list(folder.results["rows"].get(name, {}).items()):
             if row["learning_rate"] != chosen:
                 folder.log(f"{name}, seed {seed}: was trained at {row['learning_rate']:g}, dropped")
-                del folder.results["rows"][name][seed]
+                folder.drop(name, seed)
     folder.write()
 
 
