@@ -1,25 +1,22 @@
-"""Data sets: what is wrong with a table's texts and labels, and the two splits it becomes."""
+"""Data sets: the checked tables, and the two splits they become."""
 
 from __future__ import annotations
 
 import hashlib
-import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from checks import check_labels, check_texts, columns, two_classes
 from common import UserError
-from sources import SUFFIXES, Table, embedded_table, hub_tables, local_tables, reject
+from sources import SUFFIXES, Table, embedded_table, hub_tables, local_tables
 
-TEXT_NAMES = ("text", "sentence", "content", "review", "comment", "document", "body", "title")
-LABEL_NAMES = ("label", "labels", "class", "target", "sentiment", "category", "class index")
 SPLIT_SEED = 0  # held-out rows never depend on a run's seed
 EMBEDDED = "Rotten Tomatoes (embedded corpus, not SST-2)"
 HUB_ID = re.compile(r"\w[\w.-]*/[\w.-]+")
-SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -86,104 +83,6 @@ class Dataset:
     sha256: str
 
 
-def _columns(table: Table, spec: DatasetSpec, text: str | None, label: str | None):
-    """The texts, the labels and the label column's name, found by flag or by the usual names."""
-    by_name = {name.lower(): name for name in table.columns}
-
-    def find(given: str | None, usual: Iterable[str]) -> str | None:
-        if given is not None:
-            return given if given in table.columns else None
-        return next((by_name[name] for name in usual if name in by_name), None)
-
-    text_name = find(text, (spec.text_column, *TEXT_NAMES))
-    label_name = find(label, (spec.label_column, *LABEL_NAMES))
-    if text_name is None or label_name is None:
-        raise UserError(
-            f"{table.name} has columns {', '.join(table.columns) or 'none'}; need "
-            f'"{text or spec.text_column}" and "{label or spec.label_column}". Pass '
-            f"--text-column {text_name or 'NAME'} --label-column {label_name or 'NAME'}."
-        )
-    texts, labels = table.columns[text_name], table.columns[label_name]
-    if text is None and text_name.lower() == "title" and "description" in by_name:
-        pairs = zip(texts, table.columns[by_name["description"]], strict=True)
-        texts = [f"{first} {second}" for first, second in pairs]  # AG News, as the hub joins it
-    if not texts:
-        raise UserError(f"{table.name} has a header but no rows.")
-    return texts, labels, label_name
-
-
-def _number(value: object) -> float | None:
-    """1 for 1, 1.0, " 1" and "1.0"; None for what is no number; NaN stays NaN."""
-    try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-
-
-def _missing(value: object) -> bool:
-    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))
-
-
-def _check_texts(name: str, values: Sequence, drop_empty: bool) -> list[str]:
-    numbers = all(_number(value) is not None for value in values)
-
-    def problem(value: object) -> str | None:
-        if _missing(value) and value != "":
-            return "text is missing."
-        if numbers or not isinstance(value, str):
-            kind = type(value).__name__ if _number(value) is None else "number"
-            return f"text is a {kind} ({value!s:.40}), not text. Quote it or pass --text-column."
-        if SURROGATE.search(value):
-            return "text holds half of a surrogate pair, which is no character. Repair it."
-        if not drop_empty and not value.strip():
-            return "text is empty. Remove it or pass --drop-empty."
-        return None
-
-    reject(name, map(problem, values))
-    return [value.rstrip() for value in values]
-
-
-def _check_labels(
-    name: str, values: Sequence, names: tuple[str, ...], given: bool, offset: int
-) -> np.ndarray:
-    """Labels as (N,) int64 in 0..C-1; a label may also be one of `names`."""
-    values = [value.strip() if isinstance(value, str) else value for value in values]
-    by_name = {class_name: i for i, class_name in enumerate(names)}
-    named = [by_name.get(str(v)) if given or isinstance(v, str) else None for v in values]
-    if None in named and any(_number(class_name) is not None for class_name in names):
-        named = [None] * len(values)  # names that are numbers: all by name, or all by position
-    numbers = [
-        _number(v) if i is None else float(i + offset) for v, i in zip(values, named, strict=True)
-    ]
-    classes = f"0..{len(names) - 1} ({', '.join(names)})"
-    if offset == 0 and set(numbers) == set(range(1, len(names) + 1)):
-        raise UserError(
-            f"{name}: labels are 1..{len(names)}; expected {classes}. Pass --label-offset 1."
-        )
-
-    def problem(value: object, number: float | None) -> str | None:
-        if _missing(value):
-            return "label is missing. Use a labelled split, or remove the row."
-        if number is None or not number.is_integer():
-            return f"label {value!s:.40} is not a whole number in {classes}."
-        if number == -1:
-            return "label -1 means unlabelled (GLUE test). Use a labelled split."
-        if not 0 <= number - offset < len(names):
-            return f"label {value!s:.40} is outside {classes}."
-        return None
-
-    distinct = ", ".join(sorted({f"{value!s:.40}" for value in values})[:8])
-    hint = f" The column holds {distinct}. For other classes pass --labels with them in order."
-    reject(name, map(problem, values, numbers), hint)
-    return np.array(numbers).astype(np.int64) - offset
-
-
-def _two_classes(where: str, labels: np.ndarray) -> None:
-    if len(np.unique(labels)) < 2:
-        held = f"all {len(labels):,} rows have label {labels[0]}" if len(labels) else "no text left"
-        raise UserError(f"{where}: {held}; two classes are needed.")
-
-
 def stratified_order(labels: np.ndarray, seed: int) -> np.ndarray:
     """A shuffle of which every prefix keeps the class proportions to within one row a class."""
     shuffled = np.random.default_rng(seed).permutation(len(labels))
@@ -202,7 +101,7 @@ def _limit(split: Split, limit: int | None, seed: int, flag: str) -> Split:
     if limit is None or limit >= len(split.texts):
         return split
     part = _take(split, stratified_order(split.labels, seed)[:limit])
-    _two_classes(f"{flag} {limit}", part.labels)
+    two_classes(f"{flag} {limit}", part.labels)
     return part
 
 
@@ -301,17 +200,18 @@ def load(
     except OSError as error:
         raise UserError(f"{error.filename or data} cannot be read ({error.strerror}).") from None
     embedded = name == EMBEDDED
+    own_columns = spec.text_column, spec.label_column
     splits = []
     for table in tables:
-        texts, values, column = _columns(table, spec, text_column, label_column)
+        texts, values, column = columns(table, own_columns, text_column, label_column)
         class_names = tuple(labels or table.class_names.get(column) or spec.class_names)
-        texts = _check_texts(table.name, texts, drop_empty)
+        texts = check_texts(table.name, texts, drop_empty)
         kept = [i for i, text in enumerate(texts) if text]
         if len(kept) < len(texts):
             notes.append(f"{len(texts) - len(kept):,} empty texts dropped from {table.name}")
-        y = _check_labels(table.name, values, class_names, labels is not None, label_offset)
+        y = check_labels(table.name, values, class_names, labels is not None, label_offset)
         splits.append(_take(Split(table.split, tuple(texts), y), np.array(kept, dtype=np.int64)))
-        _two_classes(table.name, splits[-1].labels)
+        two_classes(table.name, splits[-1].labels)
     if len(splits) == 1:
         whole, total = splits[0], len(splits[0].texts)
         rows = 1000 if embedded else max(round(total / 10), len(class_names))
@@ -322,7 +222,7 @@ def load(
             _take(whole, np.sort(order[rows:])),
             _take(whole, np.sort(order[:rows]), "held-out"),
         ]
-        _two_classes(f"{tables[0].name}, less {rows} held out", splits[0].labels)
+        two_classes(f"{tables[0].name}, less {rows} held out", splits[0].labels)
         notes.append(f"{rows:,} of {total:,} rows held out, stratified, by a fixed seed")
 
     sha256 = content_sha256(*splits)
