@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -45,8 +46,13 @@ class Batch:
         return len(self.lengths)
 
     @cached_property
+    def host_lengths(self) -> np.ndarray:
+        """`lengths` on the CPU, where layouts are made: no wait for a GPU."""
+        return self.lengths.cpu().numpy()
+
+    @property
     def longest(self) -> int:
-        return int(self.lengths.max())
+        return int(self.host_lengths.max())
 
     @cached_property
     def starts(self) -> Tensor:
@@ -68,9 +74,9 @@ class Batch:
     @cached_property
     def lm_rows(self) -> Tensor:
         """Rows that predict a next token: all but each text's last; token 0 is never a target."""
-        is_source = torch.ones_like(self.tokens, dtype=torch.bool)
-        is_source[self.starts + self.lengths - 1] = False
-        return is_source.nonzero().squeeze(1)
+        is_source = np.ones(len(self.tokens), bool)
+        is_source[self.host_lengths.cumsum() - 1] = False
+        return torch.from_numpy(np.flatnonzero(is_source)).to(self.tokens.device)
 
     def take(self, texts: Tensor) -> Batch:
         """The batch of the given texts (int64 indices), in that order."""
@@ -82,9 +88,10 @@ class Batch:
         return Batch(self.tokens[rows], lengths, self.labels[texts], self.items[texts])
 
     def to(self, device: torch.device | str) -> Batch:
-        return Batch(
-            *(part.to(device) for part in (self.tokens, self.lengths, self.labels, self.items))
-        )
+        parts = self.tokens, self.lengths, self.labels, self.items
+        moved = Batch(*(part.to(device) for part in parts))
+        moved.__dict__["host_lengths"] = self.host_lengths
+        return moved
 
 
 def mean_pool(hidden: Tensor, batch: Batch) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -56,25 +57,33 @@ class Groups:
     def of(cls, batch: Batch, prefix: bool, causal: bool, count: int = 3) -> Groups:
         """Group a batch whose ragged rows are its T tokens, then, with a prefix, B prefixes."""
         before = int(prefix)
-        tokens, device = len(batch.tokens), batch.tokens.device
-        lengths = batch.lengths + before
+        tokens, lengths = len(batch.tokens), batch.host_lengths + before
+        starts = lengths.cumsum() - lengths - before * np.arange(len(lengths))
+        order, size = np.argsort(lengths, kind="stable"), -(-len(lengths) // count)
         rows, padding, shapes, masks, places = [], [], [], [], 0
-        back = batch.tokens.new_empty(tokens + before * len(batch))
-        for texts in lengths.argsort(stable=True).chunk(count):
-            size, length = len(texts), int(lengths[texts[-1]])
-            column = torch.arange(length, device=device)
-            real = column < lengths[texts].unsqueeze(1)
-            index = batch.starts[texts].unsqueeze(1) + column - before
+        back = np.empty(tokens + before * len(lengths), np.int64)
+        for texts in (order[i : i + size] for i in range(0, len(order), size)):
+            length = int(lengths[texts[-1]])
+            column = np.arange(length)
+            real = column < lengths[texts, None]
+            index = starts[texts, None] + column - before
             if prefix:
                 index[:, 0] = tokens + texts
-            index = index.masked_fill(~real, 0)
-            back[index[real]] = places + real.flatten().nonzero().squeeze(1)
-            padding.append(places + real.logical_not().flatten().nonzero().squeeze(1))
-            rows.append(index.flatten())
-            shapes.append((size, length))
+            back[index[real]] = places + np.flatnonzero(real)
+            padding.append(places + np.flatnonzero(~real))
+            rows.append(np.where(real, index, 0).ravel())
+            shapes.append((len(texts), length))
             masks.append(None if causal else real[:, None, None])
-            places += size * length
-        return cls(torch.cat(rows), back, torch.cat(padding), tuple(shapes), tuple(masks))
+            places += real.size
+
+        def on_device(array: np.ndarray) -> Tensor:
+            return torch.from_numpy(array).to(batch.tokens.device)
+
+        return cls(
+            *map(on_device, (np.concatenate(rows), back, np.concatenate(padding))),
+            tuple(shapes),
+            tuple(None if mask is None else on_device(mask) for mask in masks),
+        )
 
     @cached_property
     def later(self) -> Tensor:
