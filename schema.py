@@ -157,13 +157,16 @@ def read_studies(root: Path) -> dict[str, Study]:
 def evidence_beside(folder: Path) -> dict:
     """What a folder's own results.json and those of its subfolders measured for the claims' rules.
 
-    {claim id: {mean, low, high, n_seeds}}; a subfolder's overrides. What names a data set's `slug`
-    counts for that data set only.
+    {claim id: {mean, low, high, n_seeds}} and {contrast id: row}; a subfolder's overrides. What
+    names a data set's `slug` counts for that data set only, and nothing for another backbone.
     """
-    found, own = {}, None
+    found, own, backbone = {}, None, None
     for path in (folder / "results.json", *sorted(folder.glob("*/results.json"))):
         results = read_json(path) or {}
         own = own or results.get("dataset", {}).get("slug")
+        backbone = backbone or results.get("backbone")
+        if results.get("backbone") != backbone:  # a small one never stands in for 7B
+            continue
         for claim, interval in results.get("analysis", {}).get("evidence", {}).items():
             if interval.get("slug", own) == own:
                 found[claim] = interval

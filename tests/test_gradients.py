@@ -106,11 +106,13 @@ def test_the_verdict_follows_the_share_and_its_data_set(tmp_path, classes, wante
     measured = audits.evidence(found, {"slug": "sst2", "train_rows": 20_000})
     assert measured["gradient_mechanism"]["mean"] == pytest.approx(classes - 0.2 + 0.005)
     assert verdict("gradient_mechanism", measured=measured) == wanted
-    for slug, kept in (("sst2", True), ("ag-news", False)):
-        folder = tmp_path / slug
+    cases = (("sst2", "small", True), ("ag-news", "small", False), ("sst2", "7B", False))
+    for slug, backbone, kept in cases:
+        folder = tmp_path / f"{slug}-{backbone}"
         (folder / "audit").mkdir(parents=True)
-        own = {"dataset": {"slug": slug}}
+        own = {"dataset": {"slug": slug}, "backbone": backbone}
         (folder / "results.json").write_text(json.dumps(own))
-        beside = {"dataset": {"slug": "sst2"}, "analysis": {"evidence": measured}}
+        beside = {"dataset": {"slug": "sst2"}, "backbone": "small"}
+        beside["analysis"] = {"evidence": measured}
         (folder / "audit" / "results.json").write_text(json.dumps(beside))
         assert ("gradient_mechanism" in evidence_beside(folder)) == kept
