@@ -260,7 +260,8 @@ def _provenance(results: Mapping) -> str:
     rows = []
     for one in (*run.get("earlier", []), run):
         # bits belong to a machine: say which commands ran on another one
-        other = f" on {_machine(one)}" if _machine(one) not in ("", machine) else ""
+        place = _machine(one) or "a machine that was not written down"
+        other = f" on {place}" if place != machine else ""
         label = f"command at commit `{(one['commit'] or 'none')[:12]}`"
         rows.append([label, f"`{' '.join(one['argv'])}`{other}"])
     rows += [

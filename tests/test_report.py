@@ -438,6 +438,7 @@ def test_provenance_says_which_commands_ran_on_another_machine(checkout):
     lines = tables.table("small-provenance", studies, {}).splitlines()
     commands = [line for line in lines if "command at" in line]
     assert [line.count("on cpu: y") for line in commands] == [1, 0, 0, 0]
+    assert [line.count("not written down") for line in commands] == [0, 0, 1, 0]
     assert "| hardware | cpu: x |" in lines
 
 
