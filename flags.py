@@ -165,6 +165,8 @@ def parse(config: type, argv: Sequence[str], description: str) -> Any:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
+    # argparse of Python 3.14: with 3.11's, -1e-3 is a flag, and the message not about its value
+    parser._negative_number_matcher = re.compile(r"-(?:\d+|\d*\.\d+)(?:e[-+]?\d+)?$", re.IGNORECASE)
     hints = typing.get_type_hints(config)
     known = []
     defaults = defaults_of(config)

@@ -145,12 +145,16 @@ def read_study(folder: Path) -> Study:
 
 
 def read_studies(root: Path) -> dict[str, Study]:
-    """Every study by key: the three of KEYS, measured or not, and measured subfolders."""
+    """Every study by key: the three of KEYS, measured or not, and measured subfolders, nested too.
+
+    A subfolder's key is its path under a study's: 7b/SmolLM2-135M-Instruct/subset-2048.
+    """
     found = {}
     for key, name in KEYS.items():
         found[key] = read_study(root / name)
-        for path in sorted((root / name).glob("*/results.json")):
-            found[f"{key}/{path.parent.name}"] = read_study(path.parent)
+        for path in sorted((root / name).glob("*/**/results.json")):
+            folder = path.parent
+            found[f"{key}/{folder.relative_to(root / name).as_posix()}"] = read_study(folder)
     return found
 
 

@@ -89,6 +89,7 @@ WORDS = {
     "34 lr 0": (experiment, "--smoke --lr 0", "a finite number > 0.0 and <= 1.0, got 0."),
     "34 lr nan": (experiment_7b, "--smoke --lr nan", "> 0.0 and <= 1.0, got nan."),
     "34 negative": (experiment, "--smoke --lr -0.1", "and <= 1.0, got -0.1."),
+    "34 -1e-3": (experiment, "--smoke --lr -1e-3", "and <= 1.0, got -1e-3."),
     "34 lr 1e3": (experiment_agnews_7b, "--smoke --lr 1e3", "and <= 1.0, got 1e3."),
     "35 epochs": (experiment, "--smoke --epochs 1.5", "a whole number >= 1, got 1.5."),
     "35 zero": (two_labels, "--smoke --epochs 0", "a whole number >= 1, got 0."),

@@ -298,7 +298,9 @@ def test_a_study_not_run_shows_what_was_published(checkout):
 def test_another_backbone_gets_its_own_table_without_published_columns(checkout):
     folder = checkout / "results_7b" / "SmolLM2-135M"
     write_study(folder, seeds=1, own=False, name="Rotten Tomatoes")
+    write_study(folder / "subset-20", seeds=2)
     studies = report.read_studies(checkout)
+    assert studies["7b/SmolLM2-135M/subset-20"].path == folder / "subset-20"
     shown = values.values(studies)
     text = tables.table("7b/SmolLM2-135M-accuracy", studies, shown)
     assert "published" not in text.splitlines()[2]
