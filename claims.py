@@ -130,6 +130,7 @@ class Claim:
         published: figure of the study's block, or None.
         contrast: id of the contrast it turns on; ours: an interval instead of the contrast's.
         band: metric whose random compressors are the control band.
+        further: what would decide it once there are seeds, where that is something else.
     """
 
     id: str
@@ -140,6 +141,7 @@ class Claim:
     contrast: str | None = None
     ours: Callable[[Evidence], Mapping | None] | None = None
     band: str | None = None
+    further: str | None = None
 
 
 def _of(arm: str, *fields: str) -> Callable[[Mapping], object]:
@@ -166,6 +168,7 @@ def _mechanism(e: Evidence) -> Verdict:
 
 
 _TUNE = "arms classification_tuned and dual_tuned, 3 seeds or more"
+_MORE = "more seeds, or more evaluation texts"
 CLAIMS = (
     Claim(
         "clusters_at_all",
@@ -201,6 +204,7 @@ CLAIMS = (
         _most_salient,
         "the two-label test (C)",
         ours=lambda e: e.measured.get("most_salient"),
+        further=_MORE,
     ),
     Claim(
         "same_on_both",
@@ -229,6 +233,7 @@ CLAIMS = (
         _TUNE,
         _published_gain(M2, M1),
         "P3",
+        further=_MORE,
     ),
     Claim(
         "dual_gain_agnews",
@@ -237,12 +242,13 @@ CLAIMS = (
         _TUNE,
         _published_gain(M2, M1),
         "P4",
+        further=_MORE,
     ),
     Claim(
         "gain_grows",
         "the gain grows with the task",
         _grows,
-        "P3 and P4 at one scale",
+        "P3 and P4 at one scale, in narrower intervals",
         ours=lambda e: None,
     ),
     Claim(
@@ -297,6 +303,7 @@ CLAIMS = (
         _keep_lm_head,
         "arm classification_engram (P2) and tuned rates (P3, P4)",
         contrast="P2",
+        further=_MORE,
     ),
 )
 
@@ -309,19 +316,21 @@ def _row(claim: Claim, e: Evidence) -> dict:
     own = {part: ours.get(part) for part in ("low", "high")}
     band = e.control("A1", "random compressor", M3).get(claim.band) if claim.band else None
     found = claim.rule(e)
+    seeds = ours.get("n_seeds", 0)
+    lacking = claim.further if seeds >= MIN_SEEDS and claim.further else claim.would_decide
     right_data = not claim.id.startswith("dual_gain") or _own_gain(e) == claim.contrast
     return {
         "id": claim.id,
         "claim": claim.claim,
         "published": claim.published(e.published) if right_data else None,
-        "ours": {"mean": mean, **own, "n": ours.get("n_seeds", 0)},
+        "ours": {"mean": mean, **own, "n": seeds},
         "control_band": band and {part: band[part] for part in ("low", "high")},
         "contrast": claim.contrast,
         "p_adjusted": contrast.get("p_adjusted"),
         "scale": f"{e.backbone}; {e.dataset}".strip("; ") or None,
         "verdict": found.verdict,
         "because": found.because,
-        "would_decide": None if found.verdict != OPEN else claim.would_decide,
+        "would_decide": lacking if found.verdict == OPEN else None,
     }
 
 

@@ -153,6 +153,12 @@ def test_every_claim_is_tested_both_ways_and_open_without_evidence():
     assert all(row["would_decide"] and row["ours"]["mean"] is None for row in rows)
 
 
+def test_what_would_decide_a_claim_is_not_what_was_just_run():
+    rows = {row["id"]: row for row in verdicts(evidence(P3=UNSURE))}
+    assert rows["dual_gain_sst2"]["would_decide"] == "more seeds, or more evaluation texts"
+    assert rows["dual_gain_agnews"]["would_decide"].startswith("arms classification_tuned")
+
+
 def test_a_row_shows_published_ours_and_band():
     rows = {row["id"]: row for row in verdicts(evidence(P1=UP, P3=UP, P6=UP))}
     first = rows["because_of_objective"]
