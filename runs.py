@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 import tuning
-from arms import ARMS, Arm
+from arms import ARMS, MAIN_ARMS, Arm
 from checkpoints import CheckpointStore
 from cli import StopSignals
 from clustering import adjusted_rand, cluster_accuracy, engram_metrics, kmeans, nearest_centroid
@@ -31,7 +31,8 @@ from workers import Trained, finished
 if TYPE_CHECKING:
     from study import Study
 
-FEATURES = ("pooled", "intermediate", "engram", "logits", "layers")
+FEATURES = ("pooled", "intermediate", "engram", "logits")
+LAYERED = (*MAIN_ARMS, "untrained")  # control A4's arms; every layer is more than all the rest
 TRAIN_SAMPLE = 2048  # training texts the train-fitted k-means sees
 
 
@@ -61,7 +62,8 @@ def train_one(
         model = fit.model
         if study.save_model is not None:
             study.save_model(model, folder.folder / "adapters" / f"{arm.name}-{seed}")
-        zero = fit.evaluate(study.evaluation, collect=FEATURES, check_stop=stop.check)
+        names = (*FEATURES, "layers") if arm.name in LAYERED else FEATURES
+        zero = fit.evaluate(study.evaluation, collect=names, check_stop=stop.check)
         features = _rounded(zero.features) | initial | _compressor_arrays(model, "")
         row = _row(study, model, fit, zero, features, seed, stop)
     return row, features

@@ -168,7 +168,6 @@ def main(argv: Sequence[str], stop: cli.StopSignals) -> None:
             return train_one(studies[task], folder, arm, seed, stop)
 
         for (seed, condition), (row, features) in finished(train, todo, config, stop):
-            features.pop("layers")  # no control here looks at them, and they are most of the file
             folder.results["provenance"]["wall_seconds"] = before + time.monotonic() - started
             folder.add(condition, seed, row, features)
             folder.log(f"{condition}, seed {seed}: accuracy {row['final']['accuracy']:.4f}")

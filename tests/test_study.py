@@ -173,6 +173,18 @@ def test_finished_arms_are_kept_and_new_ones_added(whole, tmp_path):
     assert outcome_of(tmp_path)[0] == whole[0]  # nor does an arm depend on what ran before it
 
 
+def test_states_of_layers_are_kept_for_the_arms_of_their_control(tmp_path):
+    assert finish(tmp_path, "--arms", "dual", "dual_stopped", "untrained") == 0
+    with np.load(tmp_path / "features.npz") as features:
+        assert {name.split("/")[0] for name in features.files if name.endswith("/pooled")} == {
+            "dual",
+            "dual_stopped",
+            "untrained",
+        }
+        layered = {name for name in features.files if name.endswith("/layers")}
+    assert layered == {"dual/0/layers", "untrained/0/layers"}
+
+
 def test_another_configuration_is_refused_and_nothing_lost(tmp_path, capfd):
     assert finish(tmp_path, "--arms", "classification") == 0
     before = (tmp_path / "results.json").read_bytes()
