@@ -54,6 +54,7 @@ def arms(results: Mapping) -> Figure:
     names = sorted(results["rows"], key=lambda arm: (order.get(arm, len(order)), arm))
     figure = Figure(figsize=(11, 2.6 + 0.36 * len(names)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
+    bands = trained = 0
     for y, arm in enumerate(names):
         finals = [run["final"] for run in results["rows"][arm].values()]
         accuracy = interval([final["accuracy"] for final in finals])
@@ -61,8 +62,10 @@ def arms(results: Mapping) -> Figure:
         _bar(left, accuracy.mean, accuracy.low, accuracy.high, y, PLAIN, 5)
         right.plot(predicted.mean, y, "|", color=PREDICTED, ms=13, mew=2)
         if band := _score(results, arm, _RANDOM):
+            bands += 1
             right.plot([band["low"], band["high"]], [y, y], color=BAND, linewidth=7, alpha=0.5)
         if score := _score(results, arm, _TRAINED) or _score(results, arm, _UNTRAINED):
+            trained += 1
             _bar(right, score["mean"], score.get("low"), score.get("high"), y, TRAINED, 7)
     # a classifier that was never trained has an interval from wall to wall
     means = [line.get_xdata()[0] for line in left.lines if len(line.get_xdata()) == 1]
@@ -75,13 +78,17 @@ def arms(results: Mapping) -> Figure:
     right.set(xlabel="ARI against the classes", title="clusters")
     for axes in (left, right):
         style(axes)
-    handles = [
-        Line2D([], [], color=TRAINED, marker="o", ms=7),
-        Line2D([], [], color=BAND, linewidth=7, alpha=0.5),
-        Line2D([], [], color=PREDICTED, marker="|", ms=13, mew=2, linewidth=0),
-    ]
-    texts = ["the arm's trained engram", "random compressors on the same features", "predictions"]
-    figure.legend(handles, texts, loc="outside lower center", ncols=3, frameon=False)
+    handles = {
+        "the arm's trained engram": Line2D([], [], color=TRAINED, marker="o", ms=7),
+        "random compressors on the same features": Line2D(
+            [], [], color=BAND, linewidth=7, alpha=0.5
+        ),
+        "predictions": Line2D([], [], color=PREDICTED, marker="|", ms=13, mew=2, linewidth=0),
+    }
+    found = {"the arm's trained engram": trained, "random compressors on the same features": bands}
+    handles = {text: handle for text, handle in handles.items() if found.get(text, True)}
+    legend = {"loc": "outside lower center", "ncols": 3, "frameon": False}
+    figure.legend(handles.values(), handles.keys(), **legend)
     headline(
         figure,
         "Every condition: accuracy, and what k-means finds",

@@ -297,19 +297,19 @@ def controls(results: Mapping) -> Figure:
         style(axes)
     panels[0].set_yticks(range(len(labels)), labels)
     panels[0].set_ylim(len(labels) - 0.5, -0.5)
-    handles = [
-        Line2D([], [], color="#CC79A7", marker="o", ms=9, linewidth=3),
-        Line2D([], [], color="#222222", marker="o", ms=5),
-        Patch(color="#56B4E9", alpha=0.3),
-        Line2D([], [], color="#D55E00"),
-    ]
-    names = [
-        "the trained engram",
-        "k-means on that representation",
-        "range of random compressors (A1)",
-        "the classifier's own predictions (A0)",
-    ]
-    figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
+    handles = {
+        "the trained engram": Line2D([], [], color="#CC79A7", marker="o", ms=9, linewidth=3),
+        "k-means on that representation": Line2D([], [], color="#222222", marker="o", ms=5),
+        "range of random compressors (A1)": Patch(color="#56B4E9", alpha=0.3),
+        "the classifier's own predictions (A0)": Line2D([], [], color="#D55E00"),
+    }
+    if not any(map(_is_engram, rows)):
+        del handles["the trained engram"]
+    if not any(row["control"] == "A1" for row in rows):
+        del handles["range of random compressors (A1)"]
+    columns = min(len(handles), int(figure.get_figwidth() // 3.2))
+    legend = {"loc": "outside lower center", "ncols": columns, "frameon": False}
+    figure.legend(handles.values(), handles.keys(), **legend)
     seeds = max(row["ari"].get("n_seeds") or 1 for row in rows)
     headline(
         figure,

@@ -1,5 +1,6 @@
 """report.py on a made-up results folder: figures, tables, and what --check must notice."""
 
+import io
 import json
 import subprocess
 import sys
@@ -341,6 +342,24 @@ def with_more_arms(results):
     controls += [trained | {"arm": arm} for arm in rows if arm.startswith("dual_engram")]
     results["config"]["engram_dim"] = 32
     return results
+
+
+@pytest.mark.parametrize("arms", [("dual",), ("classification", "dual"), ("dual", "dual_engram")])
+def test_legends_fit_and_name_what_is_drawn(tmp_path, arms):
+    results = with_more_arms(write_study(tmp_path / "results"))
+    rows = {name: results["rows"][name] for name in arms}
+    kept = [r for r in results["analysis"]["controls"] if r["arm"] in arms]
+    kept = [r for r in kept if r["control"] != "A1" or "dual_engram" in arms]
+    few = {**results, "rows": rows, "analysis": {"controls": kept}}
+    for draw in (figures.controls, arm_figures.arms):
+        figure = draw(few)
+        figure.savefig(io.BytesIO())  # lays it out
+        (legend,) = figure.legends
+        extent = legend.get_window_extent()
+        assert extent.x0 >= 0 and extent.x1 <= figure.bbox.x1
+        said = " ".join(text.get_text() for text in legend.get_texts())
+        for text in ("trained engram", "random compressors"):
+            assert (text in said) == ("dual_engram" in arms)
 
 
 def test_more_arms_get_their_figures_in_both_formats(checkout):
