@@ -85,8 +85,10 @@ def arms(results: Mapping) -> Figure:
         ),
         "predictions": Line2D([], [], color=PREDICTED, marker="|", ms=13, mew=2, linewidth=0),
     }
-    found = {"the arm's trained engram": trained, "random compressors on the same features": bands}
-    handles = {text: handle for text, handle in handles.items() if found.get(text, True)}
+    if not trained:
+        del handles["the arm's trained engram"]
+    if not bands:
+        del handles["random compressors on the same features"]
     legend = {"loc": "outside lower center", "ncols": 3, "frameon": False}
     figure.legend(handles.values(), handles.keys(), **legend)
     headline(
