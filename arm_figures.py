@@ -21,7 +21,7 @@ from drawing import (
     headline,
     style,
 )
-from values import TITLES, interval, subject, title_of
+from values import in_order, interval, subject, title_of
 
 _TRAINED, _UNTRAINED, _RANDOM = ("A4", "engram"), ("A6", "engram"), ("A1", "engram")
 
@@ -50,8 +50,7 @@ def widths_of(results: Mapping) -> dict[int, str]:
 
 def arms(results: Mapping) -> Figure:
     """Accuracy, and ARI of engram, random compressors and predictions, of every condition."""
-    order = {name: i for i, name in enumerate(TITLES)}
-    names = sorted(results["rows"], key=lambda arm: (order.get(arm, len(order)), arm))
+    names = in_order(results["rows"])
     figure = Figure(figsize=(11, 2.6 + 0.36 * len(names)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     bands = trained = 0

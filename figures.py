@@ -18,7 +18,7 @@ from arm_figures import arms as all_arms
 from arm_figures import audited_arm, gradients, has_arms, two_labels, width, widths_of
 from arms import MAIN_ARMS
 from drawing import PALETTE, PLACES, count_of_seeds, headline, style
-from values import interval, is_comparable, subject, title_of
+from values import in_order, interval, is_comparable, subject, title_of
 
 DIRECTIONS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 SHOWN = 2000  # items in t-SNE and spectra; as published for AG News, and done in a minute
@@ -26,7 +26,7 @@ SHOWN = 2000  # items in t-SNE and spectra; as published for AG News, and done i
 
 def shown_arms(arms: Mapping | set) -> list[str]:
     """The three models in their order or, in a folder without them, whatever arms it holds."""
-    return [arm for arm in MAIN_ARMS if arm in arms] or sorted(arms)
+    return [arm for arm in MAIN_ARMS if arm in arms] or in_order(arms)
 
 
 def engram_run(results: Mapping, features: Mapping) -> tuple[str, str] | None:

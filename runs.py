@@ -32,7 +32,9 @@ if TYPE_CHECKING:
     from study import Study
 
 FEATURES = ("pooled", "intermediate", "engram", "logits")
-LAYERED = (*MAIN_ARMS, "untrained")  # control A4's arms; every layer is more than all the rest
+# control A4's arms; not the two-label test's, whose conditions have names of their own. Of a deep
+# backbone the states of every layer outweigh all other features
+LAYERED = (*MAIN_ARMS, "untrained")
 TRAIN_SAMPLE = 2048  # training texts the train-fitted k-means sees
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,6 +47,12 @@ def interval(values: list[float]) -> Interval:
         return Interval(mean, None, None, n)
     half = float(student.ppf(0.975, n - 1) * np.std(values, ddof=1) / np.sqrt(n))
     return Interval(mean, mean - half, mean + half, n)
+
+
+def in_order(arms: Iterable[str]) -> list[str]:
+    """Arms as they are declared, those of nobody's last."""
+    order = {name: i for i, name in enumerate(TITLES)}
+    return sorted(arms, key=lambda arm: (order.get(arm, len(order)), arm))
 
 
 def title_of(arm: str) -> str:

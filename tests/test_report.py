@@ -368,6 +368,8 @@ def test_more_arms_get_their_figures_in_both_formats(checkout):
     path.write_text(json.dumps(results))
     named = {2: "dual_engram_w2", 32: "dual_engram", 256: "dual_engram_w256"}
     assert arm_figures.widths_of(results) == named
+    assert figures.shown_arms(set(named.values()) - {"dual_engram"}) == [named[2], named[256]]
+    assert figures.shown_arms({"dual_engram_w128", "dual_engram_w8"})[0] == "dual_engram_w8"
     problems = "\n".join(report.check(checkout))
     for name in ("width.png", "width.svg"):
         assert f"{name} is missing" in problems
