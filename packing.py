@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from common import Batch, UserError
 from transformer import Groups
 
-ROW_MULTIPLE = 64  # CPU kernels are compiled per shape: whole multiples of rows are met again
+ROW_MULTIPLE = 16  # CPU kernels are compiled per shape: whole multiples of rows are met again
 GROUPS = 3  # rectangles that attention is laid out in
 
 
