@@ -237,6 +237,7 @@ def gradients(results: Mapping) -> Figure:
     left.legend(handles, words, ncols=3, **below)
     shares = {
         "the class means": ("classes", TRAINED, "-"),
+        "the same, errors exchanged": ("exchanged", PLAIN, "-."),
         "permuted labels' means": ("spread", BAND, "-"),
         "the features' mean": ("mean", PREDICTED, "--"),
     }

@@ -11,7 +11,7 @@ from contrasts import M3
 from inference import interval
 
 LOSSES = ("cls", "lm")
-DIRECTIONS = ("classes", "spread", "mean")
+DIRECTIONS = ("classes", "exchanged", "spread", "mean")
 
 
 def _mean(audits: list[dict], *path: str) -> float | None:
@@ -29,7 +29,7 @@ def summary(rows: Mapping[str, Mapping]) -> list[dict]:
 
     Returns:
         a row for each arm and site; the compressor's has the shares, and `excess`, those along the
-        class means less those along the features' spread.
+        class means less the same once the texts' errors are exchanged.
     """
     out = []
     for arm, by_seed in rows.items():

@@ -94,6 +94,7 @@ ANALYSES = {  # kind: columns of the list of that name in `analysis`
         ("norm, next token", "norm_lm"),
         ("cosine of the two", "cosine"),
         ("share along the class means", "share_classes"),
+        ("the same, errors exchanged", "share_exchanged"),
         ("along permuted labels' means", "share_spread"),
         ("along the features' mean", "share_mean"),
         ("of a direction at random", "share_uniform"),

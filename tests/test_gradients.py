@@ -11,7 +11,7 @@ from test_training import run, weights, without_seconds
 
 import audits
 import gradients
-from gradients import Audit, class_directions, loss_gradients, share
+from gradients import Audit, class_directions, exchanged, loss_gradients, share
 from rules import REFUTED, SUPPORTED
 from schema import evidence_beside
 from training import Fit
@@ -36,6 +36,23 @@ def test_shares_of_planted_gradients():
     assert share(np.zeros((5, 40)), basis) is None
 
 
+def test_exchanging_errors_keeps_what_the_features_owe_and_takes_what_the_pairing_does():
+    """Errors that follow the class beside errors that know none, on features with a wide class."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(64) % 2
+    features = rng.normal(size=(64, 40))
+    features[:, 0] += 2 * (2.0 * labels - 1)
+    basis = class_directions(features, labels)
+    blind = rng.normal(size=(64, 5))
+    knowing = blind + 3 * (2.0 * labels - 1)[:, None]
+    for errors, wanted in ((blind, (-0.1, 0.1)), (knowing, (0.5, 1.0))):
+        apart = [share(exchanged(errors, features, rng), basis) for _ in range(200)]
+        gain = share(errors.T @ features, basis) - np.mean(apart)
+        assert wanted[0] < gain < wanted[1]
+    half = np.where(labels[:, None], blind, 0)  # texts whose code nobody receives
+    assert np.allclose(exchanged(half, np.ones((64, 1)), rng)[:, 0], half.sum(0))
+
+
 @pytest.mark.parametrize("arm", ["dual_engram", "dual_engram_self", "lm_only_engram", "dual"])
 @pytest.mark.parametrize("limit", [0, 60])
 def test_the_parts_of_a_gradient_are_the_whole(make_model, recipe, corpus, arm, limit):
@@ -47,6 +64,11 @@ def test_the_parts_of_a_gradient_are_the_whole(make_model, recipe, corpus, arm, 
     losses = [x for x in gradients.LOSSES if getattr(fit.model.arm, f"{x}_weight")]
     found = [loss_gradients(fit, batch, loss) for loss in losses]
     fit.gradients(batch)
+    for part in found:
+        if part.errors is not None:  # the sum over texts that `exchanged` takes apart
+            wanted = part.sites["compressor"]
+            assert torch.allclose(part.errors.T @ part.read, wanted, atol=1e-5 * wanted.abs().max())
+    found = [part.sites for part in found]
     flat = [p.grad.flatten() for p in fit.model.backbone.parameters()]
     whole = {"backbone": torch.cat(flat)}
     if fit.model.compressor is not None:
@@ -82,8 +104,8 @@ def test_an_audited_run_is_an_unaudited_one_and_goes_on(make_model, recipe, corp
         assert all(0 <= record["share"][what][loss] <= 1 for loss in ("cls", "lm", "both"))
 
 
-def record(classes, spread):
-    of = {"classes": classes, "spread": spread, "mean": spread}
+def record(classes, exchanged):
+    of = {"classes": classes, "exchanged": exchanged, "spread": 0.1, "mean": 0.1}
     shares = {what: dict.fromkeys(("cls", "lm", "both"), value) for what, value in of.items()}
     norm = {site: {"cls": 2.0, "lm": 1.0} for site in ("backbone", "tap", "compressor")}
     cosine = dict.fromkeys(norm, None)
