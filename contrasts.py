@@ -87,6 +87,7 @@ CONTRASTS = (
     ),
     _beside("E8", "LM only: trained - random, ARI", B2, "trained.ari", "random.ari", band="ari"),
     _same("E9", "Model 3 - Model 2", first=M3, second=M2, **_RANK),
+    _same("E26", "Model 1 - untrained", first=M1, second="untrained", **_RANK),
     _same("E10", "Model 3 - untrained", "engram.ari", M3, "untrained", ARI_MARGIN),
     # at the same depth; the excess takes the arms' accuracies out
     _same("E11", "Model 2 - Model 1", "intermediate.excess_ari", M2, M1, ARI_MARGIN),
@@ -174,10 +175,12 @@ def evaluate(
     found, margin = interval(values, draws), spec.margin
     if spec.relative:
         margin *= float(np.mean([scores.seeds(*spec.second)[s] for s in seeds]))
-    if draws is not None:
-        how = "crossed bootstrap over seeds and items" if len(seeds) > 1 else "item bootstrap"
-    else:
+    if draws is None:
         how = "Student t over seeds, items fixed"
+    elif len(seeds) > 1:
+        how = "crossed bootstrap over seeds and items, or Student t over seeds where wider"
+    else:
+        how = "item bootstrap"
     if spec.band:
         drawn = [bands[spec.first[0], s] for s in seeds]
         trained = np.array([band["trained"][spec.band] for band in drawn])
@@ -186,7 +189,7 @@ def evaluate(
     else:
         p = difference_p(values, draws)
         if draws is not None and len(seeds) > 1:
-            how += "; p: the larger of the bootstrap's and Student's t over seeds"
+            how += "; p: the larger of the two"
     row |= {
         "estimate": found.mean,
         "low": found.low,

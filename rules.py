@@ -23,7 +23,8 @@ class Evidence:
     Args:
         contrasts: rows by id, adjusted; controls: rows.
         classes: C. slug, dataset, backbone: as in results.json.
-        measured: {claim id: {mean, low, high, n_seeds}} from other scripts; above 0 is in favour.
+        measured: {claim id: {mean, low, high, n_seeds}} from other scripts, above 0 is in favour;
+            `where` says on what.
         published: that study's block of the published figures.
     """
 
@@ -92,19 +93,27 @@ def decide_equal(row: Mapping | None) -> Verdict:
     return Verdict(REFUTED, f"{row['id']}: there is a difference")
 
 
-def decide_interval(interval: Mapping | None, floor: float = 0.0, none: float = 0.0) -> Verdict:
-    """Supported: the interval lies above `floor`; not supported: it lies below `none`."""
-    if not interval or interval.get("mean") is None:
-        return Verdict(OPEN, "not measured")
+def decide_interval(
+    interval: Mapping | None, name: str, floor: float = 0.0, none: float = 0.0
+) -> Verdict:
+    """Supported: the interval lies above `floor`; not supported: it lies below `none`.
+
+    Args:
+        interval: mean (or a contrast's estimate), low, high, n_seeds. name: what it is of.
+    """
+    mean = interval and interval.get("mean", interval.get("estimate"))
+    if mean is None:
+        return Verdict(OPEN, f"{name} not measured")
     if interval["n_seeds"] < MIN_SEEDS:
-        return Verdict(OPEN, f"{interval['n_seeds']} of {MIN_SEEDS} seeds")
+        return Verdict(OPEN, f"{name}: {interval['n_seeds']} of {MIN_SEEDS} seeds")
     if interval.get("low") is None:
-        return Verdict(OPEN, "its interval is not known")
+        return Verdict(OPEN, f"{name}: its interval is not known")
     if interval["low"] > floor:
-        return Verdict(SUPPORTED, "the interval lies above the floor")
+        return Verdict(SUPPORTED, f"{name} lies above {floor:.3g}")
     if interval["high"] < none:
-        return Verdict(REFUTED, "the interval lies below what would count")
-    return Verdict(OPEN, "the interval holds both")
+        return Verdict(REFUTED, f"{name} lies below {none:.3g}")
+    between = f"{floor:.3g}" if floor == none else f"{none:.3g} or {floor:.3g}"
+    return Verdict(OPEN, f"{name}: the interval includes {between}")
 
 
 def _first(parts: tuple[Verdict, ...], order: tuple[str, str, str]) -> Verdict:

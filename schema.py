@@ -159,13 +159,18 @@ def read_studies(root: Path) -> dict[str, Study]:
 
 
 def evidence_beside(folder: Path) -> dict:
-    """What a folder's own results.json and those of its subfolders measured for the claims' rules.
+    """What a folder's results.json, its subfolders' and, in a study's folder, its neighbours' say.
 
-    {claim id: {mean, low, high, n_seeds}} and {contrast id: row}; a subfolder's overrides. What
-    names a data set's `slug` counts for that data set only, and nothing for another backbone.
+    For the claims' rules: {claim id: {mean, low, high, n_seeds}} and {contrast id: row}, a later
+    one's overriding. What names a data set's `slug` counts for that data set only, and nothing for
+    another backbone.
     """
     found, own, backbone = {}, None, None
-    for path in (folder / "results.json", *sorted(folder.glob("*/results.json"))):
+    around = [folder]
+    if (folder.parent / "results.json").exists():
+        around.insert(0, folder.parent)
+    others = [path for place in around for path in sorted(place.glob("*/results.json"))]
+    for path in (folder / "results.json", *others):
         results = read_json(path) or {}
         own = own or results.get("dataset", {}).get("slug")
         backbone = backbone or results.get("backbone")

@@ -73,7 +73,7 @@ ANALYSES = {  # kind: columns of the list of that name in `analysis`
         ("difference", ""),
         ("p", "p"),
         ("adjusted p", "p_adjusted"),
-        ("equivalent", "equivalence"),
+        ("equivalent (margin)", "equivalence"),
         ("method", "method"),
     ),
     "claims": (
@@ -194,16 +194,20 @@ def _verdicts(studies: Mapping[str, Study]) -> str:
     def cell(row: Mapping | None) -> str:
         if row is None:
             return NONE
-        ours = _cell(row["ours"], "ours")
-        return row["verdict"] + (f": {ours}" if ours != NONE else "")
+        found = row["turns_on"]
+        shown = _cell(found, "turns_on")
+        where = f" on {found['where']}" if found["where"] else ""
+        return row["verdict"] + (f": {shown}{where}" if shown != NONE else "")
 
     rows = [
         [title, *(cell(claims.get(id)) for claims in found.values())]
         for id, title in titles.items()
     ]
-    return "Mean [95 % interval] (seeds) of what each claim turns on.\n\n" + markdown(
-        ["claim", *found], rows
+    caption = (
+        "What each verdict turns on: mean [95 % interval] (seeds); the first row's is an ARI, the "
+        "others' are differences, of ARI, AMI, cosine, accuracy, rank or share of a gradient."
     )
+    return f"{caption}\n\n{markdown(['claim', *found], rows)}"
 
 
 def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
@@ -235,7 +239,7 @@ def _cell(value, key: str) -> str:
         if value.get("n_seeds") == 0:
             return NONE
         if "equivalent" in value:
-            return f"{'yes' if value['equivalent'] else 'no'} (within {text_of(value['margin'])})"
+            return f"{'yes' if value['equivalent'] else 'no'} (±{text_of(value['margin'])})"
         mean = value.get("mean", value.get("estimate"))
         low, high = value.get("low"), value.get("high")
         if mean is None and low is not None:

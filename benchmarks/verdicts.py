@@ -120,7 +120,7 @@ def planted(scenario: str, draw: int) -> tuple[dict[str, np.ndarray], dict]:
         rival[labels == label] = rng.permutation(np.arange(ITEMS // 2) % 2)
     sign, hard = 2.0 * labels - 1, rng.normal(size=ITEMS)
     favour, informative = scenario == "class beyond the classifier", scenario != "nothing"
-    features = {"labels": labels}
+    features, rows = {"labels": labels}, {}
     for seed in range(SEEDS):
         for arm in (
             *("classification", "dual", "dual_engram", "classification_engram"),
@@ -137,7 +137,7 @@ def planted(scenario: str, draw: int) -> tuple[dict[str, np.ndarray], dict]:
             if favour and arm == "classification":
                 width[POOLED // 3 :] = 0.2  # the collapse: most directions lose their variance
             pooled = rng.normal(size=(ITEMS, POOLED)) * width
-            if arm in ("classification", "dual", "dual_engram"):
+            if arm in ("classification", "dual", "dual_engram", "untrained"):
                 features[here + "pooled"] = pooled.astype(np.float16)
             if "engram" not in arm and arm != "untrained":
                 continue
@@ -155,8 +155,17 @@ def planted(scenario: str, draw: int) -> tuple[dict[str, np.ndarray], dict]:
                 features |= {here + k: v.astype(np.float32) for k, v in weights.items()}
             features[here + "intermediate"] = tap
             features[here + "engram"] = code.astype(np.float16)
+        used = 0.1 * favour  # what another text's engram costs
+        rows[str(seed)] = {
+            "final": {
+                "modes": {
+                    mode: {"accuracy": 0.8 - cost + rng.normal(0, 0.003), "lm_loss": None}
+                    for mode, cost in (("own", 0.0), ("shuffled", used))
+                }
+            }
+        }
     results = {"dataset": {"slug": "sst2", "name": scenario}, "backbone": "from scratch, made up"}
-    return features, results
+    return features, results | {"rows": {"dual_engram": rows}}
 
 
 _SHAPES = {"W0": (ENGRAM, TAP), "b0": (ENGRAM,), "W": (ENGRAM, TAP), "b": (ENGRAM,)}

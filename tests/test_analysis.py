@@ -143,8 +143,14 @@ def test_contrasts_pair_the_seeds(found):
     )
 
 
-def test_p1_is_the_exchange_test_on_the_rows_of_a1(features):
-    settings = replace(QUICK, band_draws=20)
+def test_p1_is_the_exchange_test_on_the_rows_of_a1(features, monkeypatch):
+    settings, asked = replace(QUICK, band_draws=20), []
+
+    def spy(trained, drawn, seed):
+        asked.append((trained, drawn, exchange_p(trained, drawn, seed)))
+        return asked[-1][2]
+
+    monkeypatch.setattr(contrasts, "exchange_p", spy)
     found = analyse(features, {}, settings=settings)
     band = find(found, "A1", "random compressor")
     assert band["draws"] == 20 and band["ari"]["low"] <= band["ari"]["mean"] <= band["ari"]["high"]
@@ -152,7 +158,9 @@ def test_p1_is_the_exchange_test_on_the_rows_of_a1(features):
     trained = np.array([s["trained"]["ari"] for s in band["seeds"].values()])
     means = np.array([s["ari"]["mean"] for s in band["seeds"].values()])
     assert p1["estimate"] == pytest.approx((trained - means).mean())
-    assert exchange_p(trained, np.zeros((2, 20)) + 2) <= p1["p"] <= 1
+    given = next(x for x in asked if x[2] == p1["p"])
+    assert given[0] == pytest.approx(trained) and given[1].shape == (2, 20)
+    assert given[1].mean(1) == pytest.approx(means)
 
 
 def test_a_perfect_code_is_above_every_random_compressor_and_noise_is_not():

@@ -126,6 +126,7 @@ def test_the_verdict_follows_the_share_and_its_data_set(tmp_path, classes, wante
     assert [row["site"] for row in found] == ["backbone", "tap", "compressor"]
     assert found[0]["norm_cls"]["mean"] == 2.0 and found[0]["cosine"] is None
     measured = audits.evidence(found, {"slug": "sst2", "train_rows": 20_000})
+    assert measured["gradient_mechanism"]["where"] == "20,000 training texts"
     assert measured["gradient_mechanism"]["mean"] == pytest.approx(classes - 0.2 + 0.005)
     assert verdict("gradient_mechanism", measured=measured) == wanted
     cases = (("sst2", "small", True), ("ag-news", "small", False), ("sst2", "7B", False))
@@ -138,3 +139,6 @@ def test_the_verdict_follows_the_share_and_its_data_set(tmp_path, classes, wante
         beside["analysis"] = {"evidence": measured}
         (folder / "audit" / "results.json").write_text(json.dumps(beside))
         assert ("gradient_mechanism" in evidence_beside(folder)) == kept
+        (folder / "subset").mkdir()  # a neighbour in the same study's folder
+        (folder / "subset" / "results.json").write_text(json.dumps(own))
+        assert ("gradient_mechanism" in evidence_beside(folder / "subset")) == kept

@@ -91,6 +91,21 @@ def test_interval_is_students_without_draws():
     assert inf.interval([0.5], np.arange(101) / 100).low == pytest.approx(0.025)
 
 
+@pytest.mark.parametrize("seeds", [3, 5, 10])
+def test_intervals_of_few_seeds_cover(seeds):
+    """Seeds whose spread dominates: percentiles alone would miss in up to one of four draws."""
+    rng, misses, alone, times = np.random.default_rng(seeds), 0, 0, 600
+    for draw in range(times):
+        values = rng.normal(size=seeds)
+        draws = inf.crossed(values + 0.1 * rng.normal(size=(400, 1)), draw)
+        found = inf.interval(values, draws)
+        misses += not found.low <= 0 <= found.high
+        low, high = np.quantile(draws, [0.025, 0.975])
+        assert found.low <= low + 1e-9 and found.high >= high - 1e-9
+        alone += not low <= 0 <= high
+    assert misses / times < 0.07 < alone / times
+
+
 def test_difference_p_is_the_larger_of_both_tests():
     values = np.array([0.02, 0.05, 0.03])
     assert inf.difference_p(values, None) == pytest.approx(stats.ttest_1samp(values, 0).pvalue)

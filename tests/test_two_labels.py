@@ -16,9 +16,10 @@ import report
 import rivals
 import two_labels
 from data import Split
-from inference import ARI_MARGIN
-from rules import MIN_SEEDS, SUPPORTED, decide_interval
+from inference import ARI_MARGIN, item_weights, resample
+from rules import MIN_SEEDS, OPEN, SUPPORTED, decide_interval
 from schema import evidence_beside, read_study
+from scores import Run, Scores
 
 WORDS = 6
 
@@ -139,26 +140,48 @@ def test_codes_that_follow_the_trained_label_support_the_claim():
     assert floor["difference"] is None and abs(floor["ami_topic"]["mean"]) < 0.1
     chance = floor["probe_sentiment"]["mean"], floor["probe_topic"]["mean"]
     assert chance == pytest.approx((0.5, 0.25), abs=0.1)
-    assert decide_interval(evidence["most_salient"], ARI_MARGIN, ARI_MARGIN).verdict == SUPPORTED
+    assert (
+        decide_interval(evidence["most_salient"], "it", ARI_MARGIN, ARI_MARGIN).verdict == SUPPORTED
+    )
 
 
 def test_codes_that_follow_one_task_only_do_not_and_the_probe_sees_what_no_cluster_follows():
     one = "sentiment-dual_engram"
     rows, evidence = rows_of(planted({one: "sentiment"}, keeps={one: "topic"}))
-    assert decide_interval(evidence["most_salient"], ARI_MARGIN, ARI_MARGIN).verdict != SUPPORTED
+    assert (
+        decide_interval(evidence["most_salient"], "it", ARI_MARGIN, ARI_MARGIN).verdict != SUPPORTED
+    )
     row = rows["sentiment-dual_engram", "intermediate"]
     assert row["ami_sentiment"]["low"] > 0.9
     assert row["ami_topic"]["mean"] < 0.2 and row["probe_other"]["low"] > 0.5
 
 
 def test_the_evidence_is_the_weaker_task_and_needs_both():
+    wide = {"mean": 0.4, "low": -0.2, "high": 1.0, "n_seeds": 5}
+    narrow = {"mean": 0.3, "low": 0.2, "high": 0.4, "n_seeds": 3}
     rows = [
-        {"arm": f"{task}-dual_engram", "representation": "engram", "difference": {"mean": mean}}
-        for task, mean in zip(pairs.TASKS, (0.4, -0.1), strict=True)
+        {"arm": f"{task}-dual_engram", "representation": "engram", "difference": difference}
+        for task, difference in zip(pairs.TASKS, (wide, narrow), strict=True)
     ]
     rows.append(rows[1] | {"representation": "pooled", "difference": {"mean": -0.9}})
-    assert rivals.evidence(rows) == {"most_salient": {"mean": -0.1}}
+    found = rivals.evidence(rows)["most_salient"]
+    assert found.items() >= {"mean": 0.3, "low": -0.2, "high": 0.4, "n_seeds": 3}.items()
+    assert decide_interval(found, "it", ARI_MARGIN, ARI_MARGIN).verdict == OPEN
     assert rivals.evidence(rows[:1]) == {}
+
+
+def test_chance_is_taken_out_of_resamples_too():
+    """A resample holds copies of items, which agree by themselves: its AMI would be too high."""
+    labels, clusters = (np.random.default_rng(i).integers(0, 4, 300) for i in (0, 1))
+    statistic = rivals.ami_statistic(labels, clusters, 4)
+    scores = Scores(item_weights(300, 200, 0), 0)
+    raw = resample(statistic, scores.weights)
+    run = Run("neither-untrained", 0, labels, {})
+    rivals._keep(scores, {}, run, "engram", {"ami_topic_4": statistic}, {})
+    found = scores.draws["neither-untrained", "engram.ami_topic_4"][0]
+    value = scores.seeds("neither-untrained", "engram.ami_topic_4")[0]
+    assert raw.mean() > value + raw.std() / 2
+    assert found.mean() == pytest.approx(value) and found.std() == pytest.approx(raw.std())
 
 
 @pytest.fixture(scope="module")
