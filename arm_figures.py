@@ -78,16 +78,16 @@ def arms(results: Mapping) -> Figure:
     for axes in (left, right):
         style(axes)
     handles = {
-        "the arm's trained engram": Line2D([], [], color=TRAINED, marker="o", ms=7),
-        "random compressors on the same features": Line2D(
+        "the arm's own engram": Line2D([], [], color=TRAINED, marker="o", ms=7),
+        "random compressors on the same features, middle 95 %": Line2D(
             [], [], color=BAND, linewidth=7, alpha=0.5
         ),
         "predictions": Line2D([], [], color=PREDICTED, marker="|", ms=13, mew=2, linewidth=0),
     }
     if not trained:
-        del handles["the arm's trained engram"]
+        del handles["the arm's own engram"]
     if not bands:
-        del handles["random compressors on the same features"]
+        del handles["random compressors on the same features, middle 95 %"]
     legend = {"loc": "outside lower center", "ncols": 3, "frameon": False}
     figure.legend(handles.values(), handles.keys(), **legend)
     headline(
@@ -145,7 +145,7 @@ def width(results: Mapping) -> Figure:
         figure,
         "Does the width of the bottleneck matter?",
         subject(results),
-        f"{count_of_seeds(seeds)}; bars: 95 % over seeds and items; band: range of random draws",
+        f"{count_of_seeds(seeds)}; bars: 95 % over seeds and items; band: middle 95 % of draws",
     )
     return figure
 
@@ -196,7 +196,7 @@ def two_labels(results: Mapping) -> Figure:
         Line2D([], [], color="#444444", ls=":", lw=1.2),
     ]
     names = [f"{task} (k = {len(classes)})" for task, classes in tasks.items()]
-    names += ["random compressors: mean and range", "chance, in the label's colour"]
+    names += ["random compressors: mean, middle 95 %", "chance, in the label's colour"]
     figure.legend(handles, names, loc="outside lower center", ncols=4, frameon=False)
     seeds = max(row["probe_" + next(iter(tasks))]["n_seeds"] for row in rows)
     headline(
@@ -204,7 +204,7 @@ def two_labels(results: Mapping) -> Figure:
         "Two independent labels in one text: which one is kept, and what becomes of the other?",
         subject(results),
         f"{count_of_seeds(seeds)}; lines: 95 %, items and seeds resampled; "
-        "range: 95 % of the draws",
+        "wide pale lines: 95 % of the draws",
     )
     return figure
 

@@ -160,7 +160,7 @@ def _passes_table(found: Mapping, shown: Mapping[str, str]) -> tuple:
 
 FAULT_OUTCOMES = {
     "injected": "injected",
-    "recovered": "recovered bit for bit",
+    "recovered": "recovered bit for bit (out of memory: to 1e-2)",
     "refused": "refused with a message",
     "silently_wrong": "silently wrong",
     "lost_epochs": "lost finished epochs",

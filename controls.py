@@ -54,8 +54,7 @@ def control_rows(
     for arm in dict.fromkeys(run.arm for run in runs):
         floor = arm == FLOOR
         if not floor:
-            excess = scores.interval(arm, "engram.excess_ari")
-            yield row("A0", "predictions", arm, "predictions", "logits") | {"excess_ari": excess}
+            yield row("A0", "predictions", arm, "predictions", "logits")
         banded = {s: band for (a, s), band in bands.items() if a == arm}
         if banded:
             yield _band_row(arm, banded, settings)

@@ -300,13 +300,13 @@ def controls(results: Mapping) -> Figure:
     handles = {
         "the trained engram": Line2D([], [], color="#CC79A7", marker="o", ms=9, linewidth=3),
         "k-means on that representation": Line2D([], [], color="#222222", marker="o", ms=5),
-        "range of random compressors (A1)": Patch(color="#56B4E9", alpha=0.3),
+        "middle 95 % of random compressors (A1)": Patch(color="#56B4E9", alpha=0.3),
         "the classifier's own predictions (A0)": Line2D([], [], color="#D55E00"),
     }
     if not any(map(_is_engram, rows)):
         del handles["the trained engram"]
     if not any(row["control"] == "A1" for row in rows):
-        del handles["range of random compressors (A1)"]
+        del handles["middle 95 % of random compressors (A1)"]
     columns = min(len(handles), int(figure.get_figwidth() // 3.2))
     legend = {"loc": "outside lower center", "ncols": columns, "frameon": False}
     figure.legend(handles.values(), handles.keys(), **legend)
@@ -315,7 +315,7 @@ def controls(results: Mapping) -> Figure:
         figure,
         "What the clusters are owed to: k-means on each representation",
         subject(results),
-        f"{count_of_seeds(seeds)}; intervals and band: 95 %",
+        f"{count_of_seeds(seeds)}; lines: 95 % intervals",
     )
     return figure
 

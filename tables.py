@@ -74,13 +74,14 @@ ANALYSES = {  # kind: columns of the list of that name in `analysis`
         ("p", "p"),
         ("adjusted p", "p_adjusted"),
         ("equivalent (margin)", "equivalence"),
+        ("McNemar p, by seed", "mcnemar"),
         ("method", "method"),
     ),
     "claims": (
         ("claim", "claim"),
         ("published", "published"),
         ("ours", "ours"),
-        ("control band", "control_band"),
+        ("random compressors, middle 95 %", "control_band"),
         ("contrast", "contrast"),
         ("adjusted p", "p_adjusted"),
         ("verdict at this scale", "verdict"),
@@ -194,9 +195,9 @@ def _verdicts(studies: Mapping[str, Study]) -> str:
     def cell(row: Mapping | None) -> str:
         if row is None:
             return NONE
-        found = row["turns_on"]
+        found = row.get("turns_on") or row["ours"]  # results of an older analysis lack the first
         shown = _cell(found, "turns_on")
-        where = f" on {found['where']}" if found["where"] else ""
+        where = f" on {found['where']}" if found.get("where") else ""
         return row["verdict"] + (f": {shown}{where}" if shown != NONE else "")
 
     rows = [
@@ -216,6 +217,11 @@ def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+_BANDS = dict.fromkeys(
+    ("controls", "two-labels"), "; of random compressors the middle 95 % of the draws in a seed"
+)
+
+
 def _analysis(results: Mapping, kind: str) -> str:
     """One of the lists of `analysis`, columns that hold nothing left out."""
     columns, listed = ANALYSES[kind], results["analysis"].get(kind, [])
@@ -226,7 +232,7 @@ def _analysis(results: Mapping, kind: str) -> str:
         rows = [row for row in rows if set(row[_LABELS[kind] :]) != {NONE}]
     kept = [i for i in range(len(columns)) if any(row[i] != NONE for row in rows)]
     body = markdown([columns[i][0] for i in kept], ([row[i] for i in kept] for row in rows))
-    return f"{subject(results)}; means with 95 % intervals.\n\n{body}"
+    return f"{subject(results)}; means with 95 % intervals{_BANDS.get(kind, '')}.\n\n{body}"
 
 
 def _cell(value, key: str) -> str:
@@ -235,6 +241,9 @@ def _cell(value, key: str) -> str:
         return NONE
     if key == "arm":
         return title_of(value)
+    if key == "mcnemar":
+        each = sorted(found["p"] for found in value.values())
+        return " to ".join(dict.fromkeys(_cell(p, "p") for p in (each[0], each[-1])))
     if isinstance(value, Mapping):
         if value.get("n_seeds") == 0:
             return NONE

@@ -63,10 +63,12 @@ def title_of(arm: str) -> str:
 def subject(results: Mapping) -> str:
     """Data set, its sizes, the backbone and flags off their defaults, for figures and tables."""
     data = results["dataset"]
-    foreign = "" if data["own"] else " (not the study's data set)"
+    foreign = "" if data["own"] else " (not the data set of this script's study)"
     items = f"{data['eval_rows']:,} {data['eval_split']} items"
     rows = f"{data['train_rows']:,} training texts"
-    departures = "".join(f"; {choice}" for choice in results.get("departures", []))
+    # what --limit-train and --limit-eval left is said by the counts
+    departures = [x for x in results.get("departures", []) if not x.startswith("limit-")]
+    departures = "".join(f"; {choice}" for choice in departures)
     return f"{data['name']}{foreign}: {items}, {rows}; {results['backbone']}{departures}"
 
 

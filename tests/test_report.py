@@ -305,7 +305,7 @@ def test_another_backbone_gets_its_own_table_without_published_columns(checkout)
     shown = values.values(studies)
     text = tables.table("7b/SmolLM2-135M-accuracy", studies, shown)
     assert "published" not in text.splitlines()[2]
-    assert "Rotten Tomatoes (not the study's data set): 60 validation items" in text
+    assert "Rotten Tomatoes (not the data set of this script's study): 60 validation items" in text
     assert "(n = 1)" in text
     absent = tables.table("7b/absent-accuracy", studies, shown)
     assert absent == "This project's run: not measured.\n"
@@ -358,7 +358,7 @@ def test_legends_fit_and_name_what_is_drawn(tmp_path, arms):
         extent = legend.get_window_extent()
         assert extent.x0 >= 0 and extent.x1 <= figure.bbox.x1
         said = " ".join(text.get_text() for text in legend.get_texts())
-        for text in ("trained engram", "random compressors"):
+        for text in ("engram", "random compressors"):
             assert (text in said) == ("dual_engram" in arms)
 
 
@@ -518,7 +518,7 @@ def test_lists_of_the_analysis_become_tables(checkout):
     row = "| it clusters | -0.016 | 0.500 [0.400, 0.600] (3 seeds) | 0.200 to 0.400 | < 0.001 |"
     assert claims[4].startswith(row)
     assert claims[5].startswith("| it gains | - | - | - | - |")
-    assert "| 0.100 [0.000, 0.200] (1 seed) | 0.500 | yes (within 0.050) |" in contrasts[4]
+    assert "| 0.100 [0.000, 0.200] (1 seed) | 0.500 | yes (±0.050) |" in contrasts[4]
 
 
 def test_the_verdicts_of_every_scale_stand_side_by_side(checkout):
@@ -526,11 +526,15 @@ def test_the_verdicts_of_every_scale_stand_side_by_side(checkout):
     assert set(tables.MAIN_ARMS) <= results["rows"].keys()
     row = {"id": "x", "claim": "it clusters", "verdict": "not decided"}
     row |= {"ours": {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 3}}
+    elsewhere = {"mean": 0.1, "low": 0.0, "high": 0.2, "n": 5, "where": "20 training texts"}
     results["dataset"]["own"] = True
     results["analysis"] = {"claims": [row]}
     fewer = json.loads(json.dumps(results))
     fewer["dataset"]["train_rows"] = 20_000
-    fewer["analysis"]["claims"] += [row | {"id": "y", "claim": "it gains", "ours": {"mean": None}}]
+    fewer["analysis"]["claims"] += [
+        row | {"id": "y", "claim": "it gains", "ours": {"mean": None}},
+        row | {"id": "z", "claim": "it grows", "turns_on": elsewhere},
+    ]
     foreign = json.loads(json.dumps(results))
     foreign["dataset"] |= {"own": False, "name": "my texts"}
     found = {"a": results, "b": fewer, "c": foreign}
@@ -538,6 +542,7 @@ def test_the_verdicts_of_every_scale_stand_side_by_side(checkout):
     header, _, *rows = tables.table("all-verdicts", studies, {}).splitlines()[2:]
     assert "20,000 texts" in header and "my texts" not in header
     assert rows[0].count("not decided: 0.500 [0.400, 0.600] (3 seeds)") == 2
+    assert "not decided: 0.100 [0.000, 0.200] (5 seeds) on 20 training texts" in rows[2]
     assert rows[1] == "| it gains | - | not decided |"
 
 
