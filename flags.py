@@ -87,7 +87,7 @@ class StudyConfig:
     )
     jobs: int = option(1, "arms trained side by side, each in a process of its own", low=1)
     threads: int | None = option(
-        None, "CPU threads (default: all cores); part of a run's identity", low=1
+        None, "CPU threads (default: all cores); bits are the same for the same number only", low=1
     )
     out: str | None = option(
         None,
