@@ -19,6 +19,7 @@ import argparse
 import difflib
 import hashlib
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -262,6 +263,8 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
                 print(f"report: {name}: rendered {', '.join(rendering.stale)}")
         if broken := [f"{n}: {line}" for n, r in renderings.items() for line in r.broken]:
             raise ReportError("; ".join(broken))
+    except BrokenPipeError:  # the other end of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the exit writes again
     except (ReportError, OSError) as error:
         print(f"report.py: error: {error}", file=sys.stderr)
         return 2

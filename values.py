@@ -63,7 +63,8 @@ def title_of(arm: str) -> str:
 def subject(results: Mapping) -> str:
     """Data set, its sizes, the backbone and flags off their defaults, for figures and tables."""
     data = results["dataset"]
-    foreign = "" if data["own"] else " (not the data set of this script's study)"
+    # a two-label data set is its script's, though none of the studies'
+    foreign = "" if data["own"] or "tasks" in data else " (not the data set of this script's study)"
     items = f"{data['eval_rows']:,} {data['eval_split']} items"
     rows = f"{data['train_rows']:,} training texts"
     # what --limit-train and --limit-eval left is said by the counts

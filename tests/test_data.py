@@ -181,6 +181,8 @@ def test_local_copies_are_recognised_by_their_rows():
     assert (part.name, part.own) == ("AG News (11,256 training texts)", True)
     assert np.bincount(part.train.labels).tolist() == [2814] * 4
     assert not data.load(AG_NEWS, str(SHARED / "ag_news" / "train.csv")).own
+    other = data.load(SST2, str(SHARED / "ag_news"), labels=AG_NEWS.class_names)
+    assert (other.name, other.slug, other.own) == (part.name, AG_NEWS.slug, False)
 
 
 def test_embedded_corpus_is_read_without_running_the_package(tmp_path, monkeypatch):

@@ -478,6 +478,17 @@ def test_failed_figure_leaves_the_old_one(checkout, monkeypatch):
     assert path.read_bytes() == before
 
 
+def test_a_reader_that_has_seen_enough_is_no_error(checkout):
+    code = "import sys; from pathlib import Path; import report; "
+    code += "sys.exit(report.main(['--names'], Path(sys.argv[1])))"
+    command = [sys.executable, "-c", code, checkout]
+    done = subprocess.Popen(
+        command, cwd=Path(report.__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    done.stdout.close()
+    assert done.stderr.read() == b"" and done.wait() == 0
+
+
 def test_check_needs_no_torch(checkout):
     code = (
         "import sys; from pathlib import Path; import report; "
