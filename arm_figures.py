@@ -13,7 +13,6 @@ from arms import ARMS, MAIN_ARMS
 from drawing import (
     BAND,
     PALETTE,
-    PLACES,
     PLAIN,
     PREDICTED,
     TRAINED,
@@ -21,7 +20,7 @@ from drawing import (
     headline,
     style,
 )
-from values import in_order, interval, subject, title_of
+from values import PLACES, in_order, interval, subject, title_of
 
 _TRAINED, _UNTRAINED, _RANDOM = ("A4", "engram"), ("A6", "engram"), ("A1", "engram")
 

@@ -17,8 +17,8 @@ from matplotlib.ticker import NullFormatter
 from arm_figures import arms as all_arms
 from arm_figures import audited_arm, gradients, has_arms, two_labels, width, widths_of
 from arms import MAIN_ARMS
-from drawing import PALETTE, PLACES, count_of_seeds, headline, style
-from values import in_order, interval, is_comparable, subject, title_of
+from drawing import PALETTE, count_of_seeds, headline, style
+from values import PLACES, in_order, interval, is_comparable, subject, title_of
 
 DIRECTIONS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 SHOWN = 2000  # items in t-SNE and spectra; as published for AG News, and done in a minute

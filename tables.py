@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from arms import MAIN_ARMS
 from schema import KEYS, ReportError, Study
-from values import MISSING, NONE, Interval, subject, text_of, title_of
+from values import MISSING, NONE, PLACES, Interval, subject, text_of, title_of
 
 # the published small study's one compressor belongs to its Model 3, whose protocol this arm repeats
 PUBLISHED_AS = {"published_small": "dual_engram"}
@@ -241,6 +241,8 @@ def _cell(value, key: str) -> str:
         return NONE
     if key == "arm":
         return title_of(value)
+    if key == "representation":
+        return PLACES.get(value, value)
     if key == "mcnemar":
         each = sorted(found["p"] for found in value.values())
         return " to ".join(dict.fromkeys(_cell(p, "p") for p in (each[0], each[-1])))
