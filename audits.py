@@ -65,9 +65,7 @@ def summary(rows: Mapping[str, Mapping]) -> list[dict]:
 def evidence(rows: list[dict], dataset: Mapping) -> dict:
     """What the audit of Model 3 says to the rules of claims.py, for studies of the same data."""
     found = [row["excess"] for row in rows if row["id"] == f"{M3}/compressor"]
-    rows = dataset.get("train_rows")
-    of = {
-        "slug": dataset.get("slug"),
-        "where": f"{rows:,} training texts" if rows else "other texts",
-    }
+    texts = dataset.get("train_rows")
+    where = f"{texts:,} training texts" if texts else "other texts"
+    of = {"slug": dataset.get("slug"), "where": where}
     return {"gradient_mechanism": found[0] | of} if found and found[0] else {}

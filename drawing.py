@@ -10,7 +10,6 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito's, safe for colour-blind readers
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
-# what a representation is called
 TRAINED, BAND, PREDICTED, PLAIN = PALETTE[3], PALETTE[4], PALETTE[5], "#222222"
 
 

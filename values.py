@@ -20,6 +20,7 @@ TITLES = {name: arm.title for name, arm in ARMS.items()} | {
     "neither-lm_only_engram": "neither: LM only",
     "neither-untrained": "neither: untrained",
 }
+# what a representation is called
 PLACES = {"intermediate": "classifier layer", "pooled": "pooled state", "layer 0": "embedding"}
 MISSING = "not measured"
 NONE = "-"  # the figure does not exist
