@@ -227,7 +227,7 @@ def load(
 
     sha256 = content_sha256(*splits)
     # the other study's rows keep their name, and are not this script's own
-    known = (SST2.contents | AG_NEWS.contents).get(sha256)
+    known = (SST2.contents | AG_NEWS.contents | spec.contents).get(sha256)
     own = sha256 in spec.contents or name == spec.hub_id
     notes += _describe(*splits, class_names)
     train = _limit(splits[0], limit_train, seed, "--limit-train")

@@ -266,7 +266,8 @@ def _control_rows(results: Mapping) -> list[dict]:
 
 
 def _control_arms(results: Mapping) -> list[str]:
-    return shown_arms({row["arm"] for row in _control_rows(results)})
+    # predictions alone are a line with nothing to set beside it
+    return shown_arms({row["arm"] for row in _control_rows(results) if row["control"] != "A0"})
 
 
 def controls(results: Mapping) -> Figure:

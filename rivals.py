@@ -155,12 +155,12 @@ def _keep(scores: Scores, bands: dict, run: Run, name: str, found: Mapping, k: M
     values = {quantity: _value(statistic) for quantity, statistic in found.items()}
     for quantity, statistic in found.items():
         # of random compressors the band is shown, and only the probe is compared with
-        drawn = resample(statistic, scores.weights)
-        if quantity.startswith("ami"):
+        drawn = statistic if name != "random" or quantity.startswith("probe") else None
+        if drawn and quantity.startswith("ami"):
             # chance is taken out for independent items: a resample's copies agree with each other
+            drawn = resample(statistic, scores.weights)
             drawn += values[quantity].mean() - drawn.mean()
-        kept = name != "random" or quantity.startswith("probe")
-        scores.add(run, f"{name}.{quantity}", values[quantity].mean(), drawn if kept else None)
+        scores.add(run, f"{name}.{quantity}", values[quantity].mean(), drawn)
     task = run.arm.split("-")[0]
     if task in TASKS:
         own, rival = (f"ami_{t}_{k[t]}" for t in (task, _other(task)))

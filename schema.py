@@ -161,9 +161,9 @@ def read_studies(root: Path) -> dict[str, Study]:
 def evidence_beside(folder: Path) -> dict:
     """What a folder's results.json, its subfolders' and, in a study's folder, its neighbours' say.
 
-    For the claims' rules: {claim id: {mean, low, high, n_seeds}} and {contrast id: row}, a later
-    one's overriding. What names a data set's `slug` counts for that data set only, and nothing for
-    another backbone.
+    For the claims' rules: {claim id: {mean, low, high, n_seeds}} and {contrast id: row}; of several
+    the one with most seeds. What names a data set's `slug` counts for that data set only, and
+    nothing for another backbone.
     """
     found, own, backbone = {}, None, None
     around = [folder]
@@ -177,7 +177,8 @@ def evidence_beside(folder: Path) -> dict:
         if results.get("backbone") != backbone:  # a small one never stands in for 7B
             continue
         for claim, interval in results.get("analysis", {}).get("evidence", {}).items():
-            if interval.get("slug", own) == own:
+            known = found.get(claim, {"n_seeds": 0})
+            if interval.get("slug", own) == own and interval["n_seeds"] >= known["n_seeds"]:
                 found[claim] = interval
     return found
 

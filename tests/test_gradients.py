@@ -139,6 +139,12 @@ def test_the_verdict_follows_the_share_and_its_data_set(tmp_path, classes, wante
         beside["analysis"] = {"evidence": measured}
         (folder / "audit" / "results.json").write_text(json.dumps(beside))
         assert ("gradient_mechanism" in evidence_beside(folder)) == kept
+        fewer = {"gradient_mechanism": measured["gradient_mechanism"] | {"n_seeds": 1}}
+        (folder / "later").mkdir()
+        small = json.dumps(beside | {"analysis": {"evidence": fewer}})
+        (folder / "later" / "results.json").write_text(small)
+        if kept:  # of two the one with more seeds, whatever their names
+            assert evidence_beside(folder)["gradient_mechanism"]["n_seeds"] == 3
         (folder / "subset").mkdir()  # a neighbour in the same study's folder
         (folder / "subset" / "results.json").write_text(json.dumps(own))
         assert ("gradient_mechanism" in evidence_beside(folder / "subset")) == kept

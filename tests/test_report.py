@@ -478,6 +478,15 @@ def test_failed_figure_leaves_the_old_one(checkout, monkeypatch):
     assert path.read_bytes() == before
 
 
+def test_predictions_alone_make_no_figure_of_controls(checkout):
+    study = schema.read_study(checkout / "results")
+    controls = study.results["analysis"]["controls"]
+    assert "controls.png" in figures.expected(study.results, {})
+    study.results["analysis"]["controls"] = [row for row in controls if row["control"] == "A0"]
+    assert study.results["analysis"]["controls"]
+    assert "controls.png" not in figures.expected(study.results, {})
+
+
 def test_a_reader_that_has_seen_enough_is_no_error(checkout):
     code = "import sys; from pathlib import Path; import report; "
     code += "sys.exit(report.main(['--names'], Path(sys.argv[1])))"
