@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -31,6 +31,67 @@ def dropout_masks(sizes: list[int], rate: float, device: torch.device) -> tuple[
 
 
 @dataclass(frozen=True)
+class HeadPlaces:
+    """Where the vectors of single heads stand, in order (parts, groups, texts, heads, length).
+
+    One gather takes (rows, parts * heads * d) there, padded and in that order; two, by rows and
+    then by heads, take three times as long.
+
+    Args:
+        rows: (parts * places,) the vector at each place, counted over rows, parts and heads.
+        back: (rows * parts * heads,) the place of each vector.
+        padding: the places of a part that hold none.
+        shapes: (texts * heads, length) of each group.
+    """
+
+    rows: Tensor
+    back: Tensor
+    padding: Tensor
+    shapes: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, groups: Groups, heads: int, *parts: int) -> list[HeadPlaces]:
+        """Of groups on a CPU, for each number of parts."""
+        start, rows, places, shapes = 0, [], [], []
+        head = np.arange(heads)
+        for texts, length in groups.shapes:
+            stop = start + texts * length
+            of_text = groups.rows[start:stop].numpy().reshape(texts, 1, length)
+            rows.append(np.broadcast_to(of_text, (texts, heads, length)).ravel())
+            text, token = np.divmod(np.arange(stop - start), length)
+            first = (start + text * length) * heads + token
+            places.append(first[:, None] + head * length)
+            shapes.append((texts * heads, length))
+            start = stop
+        row, place = np.concatenate(rows), np.concatenate(places)
+        of_head = np.empty(place.size, np.int64)
+        of_head[place] = head
+        back, padding = place[groups.back], torch.from_numpy(place[groups.padding].ravel())
+        found = []
+        for count in parts:
+            part = np.arange(count)[:, None]
+            there = row * (count * heads) + of_head + part * heads
+            home = back[:, None] + part * place.size
+            indices = (torch.from_numpy(index.ravel()) for index in (there, home))
+            found.append(cls(*indices, padding, tuple(shapes)))
+        return found
+
+    def spread(self, x: Tensor, d: int) -> Tensor:
+        """(rows, parts * heads * d) -> (parts * places, d); padding holds row 0."""
+        return x.view(-1, d).index_select(0, self.rows)
+
+    def views(self, placed: Tensor) -> list[Tensor]:
+        """(parts * places, d) -> (parts, texts * heads, length, d), one a group."""
+        sizes = [texts * length for texts, length in self.shapes]
+        split = placed.view(-1, sum(sizes), placed.shape[1]).split(sizes, 1)
+        return [part.unflatten(1, shape) for part, shape in zip(split, self.shapes, strict=True)]
+
+    def gather(self, placed: Tensor, width: int) -> Tensor:
+        """(parts * places, d) -> (rows, width), width = parts * heads * d."""
+        return placed.index_select(0, self.back).view(-1, width)
+
+
+@dataclass(frozen=True)
 class Groups:
     """Where the rows of a ragged batch stand when padded for attention, in groups of like length.
 
@@ -45,6 +106,7 @@ class Groups:
         shapes: (texts, length) of each group.
         masks: per group (texts, 1, 1, length), True where a key is real; None when causal, since
             right padding is then never seen.
+        placed: what `by_head` has made, by number of heads: blocks share it.
     """
 
     rows: Tensor
@@ -52,6 +114,7 @@ class Groups:
     padding: Tensor
     shapes: tuple[tuple[int, int], ...]
     masks: tuple[Tensor | None, ...]
+    placed: dict[int, list[HeadPlaces]] = field(default_factory=dict, compare=False)
 
     @classmethod
     def of(cls, batch: Batch, prefix: bool, causal: bool, count: int = 3) -> Groups:
@@ -90,6 +153,12 @@ class Groups:
         """(L, L) for keys by queries: -inf where the key stands after the query."""
         return torch.full((self.longest, self.longest), -torch.inf).tril_(-1)
 
+    def by_head(self, heads: int) -> list[HeadPlaces]:
+        """Of queries, keys and values together, and of what attention returns; on a CPU."""
+        if heads not in self.placed:
+            self.placed[heads] = HeadPlaces.of(self, heads, 3, 1)
+        return self.placed[heads]
+
     @property
     def longest(self) -> int:
         return max(length for _, length in self.shapes)
@@ -112,27 +181,24 @@ class _WrittenOut(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, groups, drops, heads, *parameters):
         w1, b1, w_qkv, b_qkv, w_out, b_out, w2, b2, w_up, b_up, w_down, b_down = parameters
-        width = x.shape[1]
+        width, d = x.shape[1], x.shape[1] // heads
+        inputs, outputs = groups.by_head(heads)
         normed1, *moments1 = torch.native_layer_norm(x, [width], w1, b1, 1e-5)
-        padded = torch.addmm(b_qkv, normed1, w_qkv.t()).index_select(0, groups.rows)
-        whole, attended = torch.empty(len(padded), width), []
-        for part, out in zip(
-            groups.split(padded, heads * 3), groups.split(whole, heads), strict=True
-        ):
-            texts, length, _, d = out.shape
-            q, k, v = part.view(texts, length, 3, heads, d).permute(2, 0, 3, 1, 4).flatten(1, 2)
+        placed = inputs.spread(torch.addmm(b_qkv, normed1, w_qkv.t()), d)
+        found, attended = torch.empty(len(outputs.rows), d), []
+        for (q, k, v), (out,) in zip(inputs.views(placed), outputs.views(found), strict=True):
             # keys by queries: softmax over the first of two short dimensions is vectorised
-            scores = torch.baddbmm(groups.later[:length, :length], k, q.mT, alpha=d**-0.5)
-            chances = torch.softmax(scores, 1)
-            out.copy_(torch.bmm(chances.mT, v).view(texts, heads, length, d).transpose(1, 2))
+            later = groups.later[: k.shape[1], : k.shape[1]]
+            chances = torch.softmax(torch.baddbmm(later, k, q.mT, alpha=d**-0.5), 1)
+            torch.bmm(chances.mT, v, out=out)
             attended.append((q, k, v, chances))
-        seen = whole.index_select(0, groups.back)
+        seen = outputs.gather(found, width)
         middle = torch.addmm(b_out, seen, w_out.t()).mul_(drops[0].view_as(x)).add_(x)
         normed2, *moments2 = torch.native_layer_norm(middle, [width], w2, b2, 1e-5)
         up = torch.addmm(b_up, normed2, w_up.t())
         active = F.gelu(up).mul_(drops[1].view_as(up))
         out = torch.addmm(b_down, active, w_down.t()).mul_(drops[2].view_as(x)).add_(middle)
-        ctx.of = groups, drops, heads
+        ctx.of = inputs, outputs, drops, d
         ctx.found = x, normed1, moments1, attended, seen, middle, normed2, moments2, up, active
         ctx.save_for_backward(*parameters)
         return out
@@ -140,7 +206,7 @@ class _WrittenOut(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        groups, drops, heads = ctx.of
+        inputs, outputs, drops, d = ctx.of
         x, normed1, moments1, attended, seen, middle, normed2, moments2, up, active = ctx.found
         ctx.found = None
         w1, b1, w_qkv, _, w_out, _, w2, b2, w_up, _, w_down, _ = ctx.saved_tensors
@@ -153,24 +219,17 @@ class _WrittenOut(torch.autograd.Function):
         )
         d_middle.add_(grad)
         d_out = d_middle * drops[0].view_as(x)
-        d_seen = (d_out @ w_out).index_select(0, groups.rows).index_fill_(0, groups.padding, 0)
-        d_padded = torch.empty(len(d_seen), 3 * width)
-        for d_part, d_found, kept in zip(
-            groups.split(d_padded, heads * 3), groups.split(d_seen, heads), attended, strict=True
+        d_found = outputs.spread(d_out @ w_out, d).index_fill_(0, outputs.padding, 0)
+        d_placed = torch.empty(len(inputs.rows), d)
+        for (d_q, d_k, d_v), (d_one,), (q, k, v, chances) in zip(
+            inputs.views(d_placed), outputs.views(d_found), attended, strict=True
         ):
-            q, k, v, chances = kept
-            texts, length, _, d = d_found.shape
-            d_found = d_found.transpose(1, 2).flatten(0, 1)
-            d_chances = torch.bmm(v, d_found.mT)
+            d_chances = torch.bmm(v, d_one.mT)
             d_scores = torch._softmax_backward_data(d_chances, chances, 1, q.dtype).mul_(d**-0.5)
-            d_parts = d_part.view(texts, length, 3, heads, d).permute(2, 0, 3, 1, 4)
-            for place, d_one in zip(
-                d_parts,
-                (torch.bmm(d_scores.mT, k), torch.bmm(d_scores, q), torch.bmm(chances, d_found)),
-                strict=True,
-            ):
-                place.copy_(d_one.view(texts, heads, length, d))
-        d_qkv = d_padded.index_select(0, groups.back)
+            torch.bmm(d_scores.mT, k, out=d_q)
+            torch.bmm(d_scores, q, out=d_k)
+            torch.bmm(chances, d_one, out=d_v)
+        d_qkv = inputs.gather(d_placed, 3 * width)
         d_x, d_w1, d_b1 = torch.ops.aten.native_layer_norm_backward(
             d_qkv @ w_qkv, x, [width], *moments1, w1, b1, every
         )
