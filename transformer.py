@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -30,6 +31,14 @@ def dropout_masks(sizes: list[int], rate: float, device: torch.device) -> tuple[
     return masks.mul_(1 / (1 - rate)).split(sizes)
 
 
+def _length_and_token(shapes: Sequence[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Of each place in groups of (texts, length): the length, and how far into its text it is."""
+    texts, lengths = np.array(shapes).T
+    sizes = texts * lengths
+    length = np.repeat(lengths, sizes)
+    return length, (np.arange(len(length)) - np.repeat(sizes.cumsum() - sizes, sizes)) % length
+
+
 @dataclass(frozen=True)
 class HeadPlaces:
     """Where the vectors of single heads stand, in order (parts, groups, texts, heads, length).
@@ -52,28 +61,19 @@ class HeadPlaces:
     @classmethod
     def of(cls, groups: Groups, heads: int, *parts: int) -> list[HeadPlaces]:
         """Of groups on a CPU, for each number of parts."""
-        start, rows, places, shapes = 0, [], [], []
-        head = np.arange(heads)
-        for texts, length in groups.shapes:
-            stop = start + texts * length
-            of_text = groups.rows[start:stop].numpy().reshape(texts, 1, length)
-            rows.append(np.broadcast_to(of_text, (texts, heads, length)).ravel())
-            text, token = np.divmod(np.arange(stop - start), length)
-            first = (start + text * length) * heads + token
-            places.append(first[:, None] + head * length)
-            shapes.append((texts * heads, length))
-            start = stop
-        row, place = np.concatenate(rows), np.concatenate(places)
-        of_head = np.empty(place.size, np.int64)
-        of_head[place] = head
-        back, padding = place[groups.back], torch.from_numpy(place[groups.padding].ravel())
-        found = []
+        length, token = _length_and_token(groups.shapes)
+        head = np.arange(heads)[:, None]
+        place = (np.arange(len(token)) - token) * heads + token + length * head
+        by_place = np.ascontiguousarray(place.T)
+        back, padding = (by_place.take(at.numpy(), 0) for at in (groups.back, groups.padding))
+        shapes = tuple((texts * heads, longest) for texts, longest in groups.shapes)
+        found, first = [], np.empty(place.size, np.int64)
         for count in parts:
-            part = np.arange(count)[:, None]
-            there = row * (count * heads) + of_head + part * heads
-            home = back[:, None] + part * place.size
-            indices = (torch.from_numpy(index.ravel()) for index in (there, home))
-            found.append(cls(*indices, padding, tuple(shapes)))
+            first[place] = groups.rows.numpy() * (count * heads) + head
+            there = np.concatenate([first + part * heads for part in range(count)])
+            home = np.concatenate([back + part * place.size for part in range(count)], 1)
+            indices = (torch.from_numpy(index.ravel()) for index in (there, home, padding))
+            found.append(cls(*indices, shapes))
         return found
 
     def spread(self, x: Tensor, d: int) -> Tensor:
@@ -123,28 +123,27 @@ class Groups:
         tokens, lengths = len(batch.tokens), batch.host_lengths + before
         starts = lengths.cumsum() - lengths - before * np.arange(len(lengths))
         order, size = np.argsort(lengths, kind="stable"), -(-len(lengths) // count)
-        rows, padding, shapes, masks, places = [], [], [], [], 0
+        parts = [order[i : i + size] for i in range(0, len(order), size)]
+        shapes = tuple((len(texts), int(lengths[texts[-1]])) for texts in parts)
+        length, token = _length_and_token(shapes)
+        text = np.repeat(order, length[token == 0])
+        real = token < lengths[text]
+        index = starts[text] + token - before
+        if prefix:
+            index = np.where(token == 0, tokens + text, index)
         back = np.empty(tokens + before * len(lengths), np.int64)
-        for texts in (order[i : i + size] for i in range(0, len(order), size)):
-            length = int(lengths[texts[-1]])
-            column = np.arange(length)
-            real = column < lengths[texts, None]
-            index = starts[texts, None] + column - before
-            if prefix:
-                index[:, 0] = tokens + texts
-            back[index[real]] = places + np.flatnonzero(real)
-            padding.append(places + np.flatnonzero(~real))
-            rows.append(np.where(real, index, 0).ravel())
-            shapes.append((len(texts), length))
-            masks.append(None if causal else real[:, None, None])
-            places += real.size
+        back[index[real]] = np.flatnonzero(real)
+        masks: list[np.ndarray | None] = [None] * len(shapes)
+        if not causal:
+            split = np.split(real, np.cumsum([texts * longest for texts, longest in shapes[:-1]]))
+            masks = [m.reshape(n, 1, 1, -1) for m, (n, _) in zip(split, shapes, strict=True)]
 
         def on_device(array: np.ndarray) -> Tensor:
             return torch.from_numpy(array).to(batch.tokens.device)
 
         return cls(
-            *map(on_device, (np.concatenate(rows), back, np.concatenate(padding))),
-            tuple(shapes),
+            *map(on_device, (np.where(real, index, 0), back, np.flatnonzero(~real))),
+            shapes,
             tuple(None if mask is None else on_device(mask) for mask in masks),
         )
 
