@@ -84,7 +84,8 @@ class HeadPlaces:
         """(parts * places, d) -> (parts, texts * heads, length, d), one a group."""
         sizes = [texts * length for texts, length in self.shapes]
         split = placed.view(-1, sum(sizes), placed.shape[1]).split(sizes, 1)
-        return [part.unflatten(1, shape) for part, shape in zip(split, self.shapes, strict=True)]
+        pairs = zip(split, self.shapes, strict=True)
+        return [part.view(len(part), *shape, -1) for part, shape in pairs]
 
     def gather(self, placed: Tensor, width: int) -> Tensor:
         """(parts * places, d) -> (rows, width), width = parts * heads * d."""
@@ -271,7 +272,9 @@ class Block(nn.Module):
         """(rows, H) -> (rows, H)."""
         short = groups.masks[0] is None and groups.longest <= LONGEST_WRITTEN_OUT
         if self.written_out and x.is_cpu and x.requires_grad and drops and short:
-            return _WrittenOut.apply(x, groups, drops, self.heads, *self.parameters())
+            layers = self.norm1, self.qkv, self.out, self.norm2, self.up, self.down
+            parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
+            return _WrittenOut.apply(x, groups, drops, self.heads, *parameters)
         return self.plain(x, groups, drops)
 
     def plain(self, x: Tensor, groups: Groups, drops: tuple | None) -> Tensor:
