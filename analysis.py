@@ -164,6 +164,9 @@ def _score(run: Run, labels, scores: Scores, settings: Settings) -> None:
     scores.add(run, "predictions.ari", predicted_ari, predicted)
     right = run.predictions == labels
     scores.add(run, "accuracy", right.mean(), share_statistic(right))
+    for mode, predictions in run.by_mode.items():
+        right = predictions == labels
+        scores.add(run, f"{mode}.accuracy", right.mean(), share_statistic(right))
     k = int(labels.max()) + 1
 
     def fit(x, name, restarts):

@@ -203,15 +203,22 @@ def evaluate(
     }
     if row["equivalence"]:
         row["equivalence"] = asdict(row["equivalence"])
-    if spec.first[1] == "accuracy":
-        row["mcnemar"] = _mcnemar(spec, seeds, runs, labels)
+    if tests := _mcnemar(spec, seeds, runs, labels):
+        row["mcnemar"] = tests
     return row
 
 
 def _mcnemar(spec: Contrast, seeds: list[int], runs: list[Run], labels: np.ndarray) -> dict:
-    right = {(run.arm, run.seed): run.predictions == labels for run in runs}
-    arms = spec.first[0], spec.second[0]
-    return {str(s): asdict(mcnemar(*(right[arm, s] for arm in arms))) for s in seeds}
+    """By seed, where both quantities are accuracies whose single answers were kept."""
+    if isinstance(spec.second, float):
+        return {}
+    run_of, tests = {(run.arm, run.seed): run for run in runs}, {}
+    for seed in seeds:
+        held = [(run_of.get((arm, seed)), name) for arm, name in (spec.first, spec.second)]
+        given = [run and run.answers(name) for run, name in held]
+        if all(answers is not None for answers in given):
+            tests[str(seed)] = asdict(mcnemar(*(answers == labels for answers in given)))
+    return tests
 
 
 def lent(contrasts: list[dict], train_rows: int | None) -> dict[str, dict]:

@@ -116,19 +116,22 @@ def evaluate(
 
 def evaluate_modes(
     score: Callable[..., Evaluation], zero: Evaluation, seed: int
-) -> dict[str, dict[str, float | None]]:
+) -> tuple[dict[str, dict[str, float | None]], dict[str, np.ndarray]]:
     """Score an arm with a prefix under every engram of EVAL_MODES (control A9).
 
     Args:
         score: `evaluate` of the arm and the split, which takes `engrams` or `prefix`.
-        zero: the evaluation under the zero engram, with its engrams collected.
+        zero: the evaluation under the zero engram, with its engrams and logits collected.
         seed: of the permutation of the shuffled mode.
+    Returns:
+        Scores by mode, and the (N,) int16 classes that were predicted, by mode.
     """
     own = torch.from_numpy(zero.features["engram"])
     shuffled = own[torch.from_numpy(np.random.default_rng(seed).permutation(len(own)))]
     mean = own.mean(0, keepdim=True).expand_as(own)
-    scores = {"zero": zero.scores()}
-    for name, engrams in (("own", own), ("shuffled", shuffled), ("mean", mean)):
-        scores[name] = score(engrams=engrams).scores()
-    scores["no_prefix"] = score(prefix=False).scores()
-    return scores
+    given = {"own": own, "shuffled": shuffled, "mean": mean}
+    found = {"zero": zero}
+    found |= {n: score(engrams=engrams, collect=("logits",)) for n, engrams in given.items()}
+    found["no_prefix"] = score(prefix=False, collect=("logits",))
+    predicted = {n: e.features["logits"].argmax(1).astype(np.int16) for n, e in found.items()}
+    return {n: e.scores() for n, e in found.items()}, predicted

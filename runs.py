@@ -25,6 +25,7 @@ from gradients import Audit
 from recipe import derive_seed, seed_everything
 from reporter import Reporter
 from results import ResultsFolder, commit
+from scores import MODES
 from training import Fit, Interrupted
 from workers import Trained, finished
 
@@ -253,7 +254,8 @@ def _row(
         row["audits"] = fit.progress.audits
     if model.arm.has_prefix:
         score = partial(fit.evaluate, study.evaluation, check_stop=stop.check)
-        row["final"]["modes"] = evaluate_modes(score, zero, seed)
+        row["final"]["modes"], predicted = evaluate_modes(score, zero, seed)
+        features |= {f"{MODES}{mode}": classes for mode, classes in predicted.items()}
     if model.compressor is not None:
         order = np.random.default_rng(derive_seed(0, "train sample")).permutation(len(study.train))
         sample = study.train.select(np.sort(order[:TRAIN_SAMPLE]))

@@ -10,6 +10,8 @@ import numpy as np
 
 from inference import Statistic, crossed, interval, resample
 
+MODES = "predicted/"  # before a mode of A9, in the names of features
+
 
 @dataclass(frozen=True)
 class Run:
@@ -21,6 +23,7 @@ class Run:
         tap: the representation that the compressor read, or would have.
         initial: (N, E), the engram that the compressor's initial weights give on the final tap.
         weights: final and initial W, (E, in) each.
+        by_mode: predictions under other engrams (A9), by mode.
     """
 
     arm: str
@@ -30,6 +33,14 @@ class Run:
     tap: str | None = None
     initial: np.ndarray | None = None
     weights: tuple[np.ndarray, np.ndarray] | None = None
+    by_mode: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def answers(self, quantity: str) -> np.ndarray | None:
+        """The predictions of which "accuracy" or "<mode>.accuracy" is the share that is right."""
+        mode, _, metric = quantity.rpartition(".")
+        if metric != "accuracy":
+            return None
+        return self.by_mode.get(mode) if mode else self.predictions
 
 
 def read_runs(features: Mapping[str, np.ndarray]) -> tuple[np.ndarray, list[Run]]:
@@ -51,14 +62,17 @@ def read_runs(features: Mapping[str, np.ndarray]) -> tuple[np.ndarray, list[Run]
     for arm, seed in names:
         here = f"{arm}/{seed}/"
         parts = {k[len(here) :]: v for k, v in features.items() if k.startswith(here)}
-        predictions = np.asarray(parts["logits"]).argmax(1)
-        if len(predictions) != len(labels):
+        predicted = {"": np.asarray(parts["logits"]).argmax(1)}
+        predicted |= {k[len(MODES) :]: x for k, x in parts.items() if k.startswith(MODES)}
+        if wrong := {len(x) for x in predicted.values()} - {len(labels)}:
             raise ValueError(
-                f"{arm}/{seed} has {len(predictions)} items, the labels {len(labels)}. "
+                f"{arm}/{seed} has {wrong.pop()} items, the labels {len(labels)}. "
                 "Write every run on the same items."
             )
-        codes = np.searchsorted(classes, predictions).clip(max=len(classes) - 1)
-        predictions = np.where(classes[codes] == predictions, codes, -1)
+        for mode, x in predicted.items():
+            codes = np.searchsorted(classes, x).clip(max=len(classes) - 1)
+            predicted[mode] = np.where(classes[codes] == x, codes, -1)
+        predictions = predicted.pop("")
         layers = parts.get("layers", np.zeros((0, 0, 0)))
         found = {n: parts[n] for n in ("engram", "intermediate", "pooled") if n in parts}
         found |= {f"layer {i}": layers[:, i] for i in range(layers.shape[1])}
@@ -71,7 +85,7 @@ def read_runs(features: Mapping[str, np.ndarray]) -> tuple[np.ndarray, list[Run]
         if tap and {"W0", "b0"} <= parts.keys():
             initial = np.tanh(found[tap] @ parts["W0"].T + parts["b0"])
             weights = parts["W"], parts["W0"]
-        runs.append(Run(arm, int(seed), predictions, found, tap, initial, weights))
+        runs.append(Run(arm, int(seed), predictions, found, tap, initial, weights, predicted))
     return labels, runs
 
 

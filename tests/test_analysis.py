@@ -12,7 +12,7 @@ from analysis import Settings, analyse
 from benchmarks import verdicts
 from claims import CLAIMS
 from clustering import adjusted_rand, effective_rank, engram_metrics, kmeans
-from inference import exchange_p
+from inference import exchange_p, mcnemar
 from measures import sample_rows
 from rules import decide
 from scores import read_runs
@@ -141,6 +141,31 @@ def test_contrasts_pair_the_seeds(found):
     assert rows["E17"]["estimate"] == pytest.approx(
         find(found, "A4", "trained")["cluster_accuracy"]["mean"] - 0.9
     )
+
+
+def test_answers_under_other_engrams_are_resampled_by_item(features):
+    more, labels = dict(features), features["labels"]
+    for seed in (0, 1):
+        right = features[f"dual_engram/{seed}/logits"].argmax(1)
+        wrong = np.where(np.arange(len(labels)) < 20 + seed, 1 - labels, labels)
+        more |= {
+            f"dual_engram/{seed}/predicted/{m}": x for m, x in (("own", right), ("shuffled", wrong))
+        }
+    found = analyse(more, {"dataset": {"slug": "sst2"}}, settings=QUICK)
+    [own] = [row for row in found["contrasts"] if row["id"] == "E15"]
+    for seed in (0, 1):
+        share = (more[f"dual_engram/{seed}/predicted/own"] == labels).mean()
+        assert own["seeds"][str(seed)] == pytest.approx(share - (60 - seed) / 80)
+        answers = (more[f"dual_engram/{seed}/predicted/{m}"] == labels for m in ("own", "shuffled"))
+        assert own["mcnemar"][str(seed)]["p"] == mcnemar(*answers).p
+    assert "crossed bootstrap" in own["method"]
+    del more["dual_engram/1/predicted/own"]
+    row = {"final": {"modes": {m: {"accuracy": 0.7, "lm_loss": 1.0} for m in ("own", "shuffled")}}}
+    results = {"rows": {"dual_engram": {"1": row}}, "dataset": {"slug": "sst2"}}
+    [own] = [r for r in analyse(more, results, settings=QUICK)["contrasts"] if r["id"] == "E15"]
+    assert set(own["seeds"]) == {"0", "1"}
+    assert set(own["mcnemar"]) == {"0"}
+    assert "Student t" in own["method"]
 
 
 def test_p1_is_the_exchange_test_on_the_rows_of_a1(features, monkeypatch):

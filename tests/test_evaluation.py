@@ -31,9 +31,12 @@ def test_evaluation_modes_differ_where_the_engram_matters(corpus, make_model, re
     model = make_model("dual_engram")
     with torch.no_grad():
         model.projector.linear.weight.mul_(20)
-    zero = evaluation.evaluate(model, corpus[1], recipe, collect=("engram",))
+    zero = evaluation.evaluate(model, corpus[1], recipe, collect=("engram", "logits"))
     score = partial(evaluation.evaluate, model, corpus[1], recipe)
-    modes = evaluation.evaluate_modes(score, zero, 0)
+    modes, predicted = evaluation.evaluate_modes(score, zero, 0)
     assert tuple(modes) == evaluation.EVAL_MODES
     assert modes["zero"] == zero.scores()
     assert len({m["cls_loss"] for m in modes.values()}) == 5
+    labels = corpus[1].labels.numpy()
+    for mode, scores in modes.items():
+        assert scores["accuracy"] == (predicted[mode] == labels).mean()
