@@ -216,6 +216,11 @@ class Pretrained:
     identity: dict[str, Any]
     notes: tuple[str, ...]
 
+    @property
+    def eval_tokens(self) -> int:
+        """Of an evaluation pass: a CPU is a fifth faster while a pass stays in its cache."""
+        return 2000 if self.device.type == "cpu" else 8000
+
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text; a text that spells a special token stays text."""
         return self.tokenizer(

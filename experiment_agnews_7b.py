@@ -146,7 +146,9 @@ def main(argv: Sequence[str], stop: cli.StopSignals) -> None:
         script=Path(__file__).name,
         backbone=base.name,
         config=config,
-        recipe=dataclasses.replace(recipe, lm_dtype=base.identity["dtype"]),
+        recipe=dataclasses.replace(
+            recipe, lm_dtype=base.identity["dtype"], eval_tokens=base.eval_tokens
+        ),
         dataset=dataset,
         train=batches.encode(dataset.train, base.tokenize, config.max_tokens),
         evaluation=batches.encode(dataset.evaluation, base.tokenize, config.max_tokens),

@@ -34,6 +34,7 @@ def test_smoke_run_end_to_end(tmp_path, script, quantise):
     label = {"nf4": "NF4", "none": "bfloat16"}[quantise]
     assert results["backbone"] == f"tiny-random-qwen2, {label}"
     assert results["identity"]["backbone.quantise"] == quantise
+    assert results["recipe"]["eval_tokens"] == 2000
     row = results["rows"]["dual_engram"]["0"]
     assert set(row["final"]["modes"]) == {"zero", "own", "shuffled", "mean", "no_prefix"}
     assert row["parameters_total"] > 2 * row["parameters_trainable"] / 3
