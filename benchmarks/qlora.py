@@ -7,11 +7,12 @@ Same NF4 base, rows, losses, batches of 16 and seed for every contender, taken i
 process. "published": written from the study's description: every text padded to --max-tokens,
 float32 logits at every padded position, gradient checkpointing always, micro-batches of 8, of 2 in
 the engram arm. "trainer": the library's Trainer with dynamic padding and length grouping. Neither
-feeds an engram back: they do less than Model 3. --passes times our forward and backward pass at
-several sizes: its fixed and its per-token part are what carries over to another card. Each case is
-put into benchmarks/qlora-cpu.json or qlora-gpu.json in the place of an earlier one of the same data
-set, backbone, arm and machine. benchmarks/random_backbone.py makes a 7B backbone where none can be
-had: speed and memory do not depend on the weights' values.
+feeds an engram back: they do less than Model 3. "products": the frozen weights' matrix products
+alone, forward and back, which bound what any of them can do here. --passes times our forward and
+backward pass at several sizes: its fixed and its per-token part are what carries over to another
+card. Each case is put into benchmarks/qlora-cpu.json or qlora-gpu.json in the place of an earlier
+one of the same data set, backbone, arm and machine. benchmarks/random_backbone.py makes a 7B
+backbone where none can be had: speed and memory do not depend on the weights' values.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ import backbones
 import batches
 import data
 from arms import ARMS, MAIN_ARMS
-from common import ClassificationHead, StudyModel
+from common import Batch, ClassificationHead, StudyModel
 from files import write_json
+from packing import ROW_MULTIPLE
 from parts import Totals
 from recipe import Recipe, derive_seed, prepare_cpu, seed_everything
 from results import provenance
@@ -51,7 +53,8 @@ from training import Fit
 BATCH = 16
 EPOCHS = 3  # of the published studies, on so many training texts
 FULL_ROWS = {"sst2": 67_349, "ag-news": 120_000}
-Run = Callable[[int, int], tuple[float, float | None]]  # steps -> loss, seconds by its own clock
+# steps -> loss (None: nothing is learnt), seconds by its own clock
+Run = Callable[[int, int], tuple[float | None, float | None]]
 
 
 class PaddedModel(nn.Module):
@@ -256,7 +259,35 @@ def trainer(options, arm, train, order) -> Run:
     return run
 
 
-CONTENDERS = {"published": published, "trainer": trainer, "ours": ours}
+@torch.no_grad()
+def _products(fit: Fit, batch: Batch) -> None:
+    """Every frozen weight met once forward and once back, by the rows that our step gives it."""
+    backbone, device = fit.model.backbone, fit.device
+    rows = -(-len(batch.tokens) // ROW_MULTIPLE) * ROW_MULTIPLE
+    head = backbone.unembedding
+    for layer in backbone.decoder.layers:
+        for group in layer.groups:
+            width = group.adapters[0][1].shape[1]
+            x = torch.ones(rows, width, dtype=head.dtype, device=device)
+            group.frozen.backward(group.frozen.forward(x))
+    if fit.model.arm.lm_weight:
+        x = torch.ones(len(batch.lm_rows), head.shape[1], dtype=head.dtype, device=device)
+        (x @ head.T) @ head
+
+
+def products(options, arm, train, order) -> Run:
+    """No contender: the products with frozen weights alone, below which a step cannot go."""
+    fit = our_fit(options, arm, train)
+
+    def run(first: int, last: int) -> tuple[None, None]:
+        for step in range(first, last):
+            _products(fit, train.batch(order[step]))
+        return None, None
+
+    return run
+
+
+CONTENDERS = {"published": published, "trainer": trainer, "ours": ours, "products": products}
 
 
 def measure(options, name: str, train: batches.Encoded, order: list) -> dict:
