@@ -80,12 +80,17 @@ class HeadPlaces:
         """(rows, parts * heads * d) -> (parts * places, d); padding holds row 0."""
         return x.view(-1, d).index_select(0, self.rows)
 
-    def views(self, placed: Tensor) -> list[Tensor]:
-        """(parts * places, d) -> (parts, texts * heads, length, d), one a group."""
-        sizes = [texts * length for texts, length in self.shapes]
-        split = placed.view(-1, sum(sizes), placed.shape[1]).split(sizes, 1)
-        pairs = zip(split, self.shapes, strict=True)
-        return [part.view(len(part), *shape, -1) for part, shape in pairs]
+    def views(self, placed: Tensor) -> list[tuple[Tensor, ...]]:
+        """(parts * places, d) -> of each group its parts, each (texts * heads, length, d)."""
+        found, start, d = [], 0, placed.shape[1]
+        places = sum(texts * length for texts, length in self.shapes)
+        parts = len(placed) // places
+        for texts, length in self.shapes:
+            strides = places * d, length * d, d, 1
+            view = placed.as_strided((parts, texts, length, d), strides, start)
+            found.append(view.unbind())
+            start += texts * length * d
+        return found
 
     def gather(self, placed: Tensor, width: int) -> Tensor:
         """(parts * places, d) -> (rows, width), width = parts * heads * d."""
@@ -365,4 +370,4 @@ class SmallTransformer(nn.Module):
             x = block(x, groups, drops[1 + 3 * index : 4 + 3 * index] or None)
             if layers is not None:
                 layers.append(x[:tokens])
-        return self.norm(x[:tokens])
+        return self.norm(x if prefix is None else x[:tokens])
