@@ -51,7 +51,9 @@ class Benchmark:
 
 
 def _small_rows(found: Mapping) -> Iterator[tuple[str, Mapping]]:
-    return ((f"{row['arm']}.threads_{row['threads']}", row) for row in found["rows"])
+    for row in found["rows"]:
+        jobs = row.get("jobs", 1)  # older rows: one process
+        yield f"{row['arm']}.threads_{row['threads']}" + f".jobs_{jobs}" * (jobs > 1), row
 
 
 def _small_values(found: Mapping) -> Iterator[tuple[str, str]]:
@@ -62,13 +64,16 @@ def _small_values(found: Mapping) -> Iterator[tuple[str, str]]:
 def _small_table(found: Mapping, shown: Mapping[str, str]) -> tuple:
     seconds = ["published (s)", "ours (s)", "ratio", "lowest", "highest"]
     rows = [
-        [title_of(row["arm"]), str(row["threads"]), *(shown[f"{name}.{c}"] for c in SMALL_COSTS)]
+        [
+            *(title_of(row["arm"]), str(row.get("jobs", 1)), str(row["threads"])),
+            *(shown[f"{name}.{c}"] for c in SMALL_COSTS),
+        ]
         for name, row in _small_rows(found)
     ]
     caption = f"{found['machine']}, {found['date']}; median of {found['rounds']} rounds"
     if "texts" in found:
         caption += f"; an epoch is {found['texts']:,} of {found['dataset']}'s texts"
-    header = ["one epoch", "threads", *seconds, "published (MB)", "ours (MB)"]
+    header = ["one epoch", "jobs", "threads", *seconds, "published (MB)", "ours (MB)"]
     return f"{caption}; MB: peak memory of the process.", header, rows
 
 

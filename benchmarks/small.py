@@ -1,13 +1,14 @@
 """What does the same small-scale training cost, published recipe beside ours?
 
     python benchmarks/small.py [--data ../sst2] [--texts 6400] [--rounds 5] [--threads 1 2]
+        [--jobs 2]
 
 Times one epoch over the same rows per arm, contenders in turn in one process, and takes the median
-of the round-by-round ratios. With 1 thread as the study trains (--threads 1 --jobs 2), and with
-every core. "Published" is written here from the study's description: every text
-padded to 64 tokens, float32, torch's TransformerEncoder, logits over all words at every padded
-position, an untied LM head. Peak memory is that of a fresh process per contender. Writes
-benchmarks/small.json.
+of the round-by-round ratios: with 1 thread, with every core, and with a job of 1 thread on every
+core at once, as the study trains (--threads 1 --jobs 2). "Published" is written here from the
+study's description: every text padded to 64 tokens, float32, torch's TransformerEncoder, logits
+over all words at every padded position, an untied LM head. Peak memory is that of a fresh process
+per contender. Writes benchmarks/small.json.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -154,18 +156,37 @@ def peak_mb(name: str, arm: str, train: batches.Encoded, vocabulary: int) -> flo
     return peak
 
 
-def timed(arm: str, train: batches.Encoded, vocabulary: int, options) -> dict[str, float]:
-    """Median seconds of an epoch of each contender, their ratio and its range, and peak memory."""
+def rounds_of(
+    arm: str, train: batches.Encoded, vocabulary: int, threads: int, rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of an epoch of each contender, round by round, in turn."""
+    prepare_cpu(threads)
     steps = -(-len(train) // RECIPE.batch_size)
     epochs = {name: make(arm, train, vocabulary, steps) for name, make in CONTENDERS.items()}
     for make in CONTENDERS.values():
         make(arm, train, vocabulary, 20)()  # warm up
     seconds: dict[str, list[float]] = {name: [] for name in CONTENDERS}
-    for _ in range(options.rounds):
+    for _ in range(rounds):
         for name, epoch in epochs.items():
             started = time.perf_counter()
             epoch()
             seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def timed(
+    arm: str, train: batches.Encoded, vocabulary: int, threads: int, jobs: int, rounds: int
+) -> dict[str, float]:
+    """Median seconds of an epoch of each contender, their ratio and its range, and peak memory."""
+    given = arm, train, vocabulary, threads, rounds
+    if jobs == 1:
+        found = [rounds_of(*given)]
+    else:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(jobs, mp_context=context) as pool:
+            tasks = [pool.submit(rounds_of, *given) for _ in range(jobs)]
+            found = [task.result() for task in tasks]
+    seconds = {name: [s for job in found for s in job[name]] for name in CONTENDERS}
     ratios = [a / b for a, b in zip(seconds["published"], seconds["ours"], strict=True)]
     return {
         **{f"{name}_seconds": statistics.median(s) for name, s in seconds.items()},
@@ -183,9 +204,9 @@ def main() -> None:
     parser.add_argument("--data", help="as for experiment.py")
     parser.add_argument("--texts", type=int, default=6400, help="rows of an epoch")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument(
-        "--threads", type=int, nargs="+", default=sorted({1, len(os.sched_getaffinity(0))})
-    )
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, cores}))
+    parser.add_argument("--jobs", type=int, default=cores, help="processes at once, 1 thread each")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".json"))
     options = parser.parse_args()
     dataset = data.load(data.SST2, options.data)
@@ -193,9 +214,11 @@ def main() -> None:
     whole = batches.encode(dataset.train, words.encode, PADDED_TO)
     train = whole.select(np.random.default_rng(0).permutation(len(whole))[: options.texts])
     rows = []
-    for arm, threads in itertools.product(MAIN_ARMS, options.threads):
-        prepare_cpu(threads)
-        rows.append({"arm": arm, "threads": threads, **timed(arm, train, len(words), options)})
+    setups = [(threads, 1) for threads in options.threads]
+    setups += [(1, options.jobs)] if options.jobs > 1 else []
+    for arm, (threads, jobs) in itertools.product(MAIN_ARMS, setups):
+        figures = timed(arm, train, len(words), threads, jobs, options.rounds)
+        rows.append({"arm": arm, "threads": threads, "jobs": jobs, **figures})
         print(json.dumps(rows[-1]), flush=True)
     facts = provenance(torch.device("cpu"))
     hardware = facts["hardware"]

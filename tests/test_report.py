@@ -325,7 +325,7 @@ def test_benchmark_table(checkout):
     path = checkout / benchmark_tables.BENCHMARKS["benchmark-small"].file
     path.write_text(json.dumps({**benchmark, "rows": [{"arm": "dual", **row}]}))
     assert report.main(["--tables-only"], checkout) == 0
-    line = "| Model 2: + next token | 2 | 10.0 | 10.0 | 10.0 | 10.0 | 10.0 | 10.0 | 10.0 |"
+    line = "| Model 2: + next token | 1 | 2 | 10.0 | 10.0 | 10.0 | 10.0 | 10.0 | 10.0 | 10.0 |"
     assert line in (checkout / "FINDINGS.md").read_text()
     path.write_text(json.dumps({**benchmark, "rows": [{"arm": "dual", **row, "ratio": "12"}]}))
     assert "rows[0].ratio" in report.check(checkout)[0]
