@@ -278,6 +278,8 @@ def _products(fit: Fit, batch: Batch) -> None:
 def products(options, arm, train, order) -> Run:
     """No contender: the products with frozen weights alone, below which a step cannot go."""
     fit = our_fit(options, arm, train)
+    if fit.model.backbone.decoder is None:
+        raise SystemExit("products: a Llama or Qwen2 only; name the other --contenders")
 
     def run(first: int, last: int) -> tuple[None, None]:
         for step in range(first, last):
