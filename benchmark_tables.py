@@ -58,7 +58,8 @@ def _small_rows(found: Mapping) -> Iterator[tuple[str, Mapping]]:
 
 def _small_values(found: Mapping) -> Iterator[tuple[str, str]]:
     for name, row in _small_rows(found):
-        yield from ((f"{name}.{cost}", f"{row[cost]:,.1f}") for cost in SMALL_COSTS)
+        for cost in SMALL_COSTS:  # to two digits: a ratio of 6.99 is not 7
+            yield f"{name}.{cost}", f"{row[cost]:,.{0 if cost.endswith('_mb') else 2}f}"
 
 
 def _small_table(found: Mapping, shown: Mapping[str, str]) -> tuple:

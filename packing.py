@@ -10,10 +10,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from common import Batch, UserError
-from transformer import Groups
+from layouts import Groups
 
 ROW_MULTIPLE = 16  # CPU kernels are compiled per shape: whole multiples of rows are met again
 GROUPS = 3  # rectangles that attention is laid out in
+
+
+def whole_rows(rows: int) -> int:
+    """The multiple of ROW_MULTIPLE that rows are padded to."""
+    return rows + -rows % ROW_MULTIPLE
 
 
 def spread(rows: Tensor, index: Tensor) -> Tensor:
