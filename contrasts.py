@@ -94,12 +94,13 @@ CONTRASTS = (
     _same("E12", "Model 3 - Model 1", "intermediate.excess_ari", M3, M1, ARI_MARGIN),
     _same("E13", "Model 2 - Model 1", "pooled.excess_ari", M2, M1, ARI_MARGIN),
     _same("E14", "Model 3 - Model 1", "pooled.excess_ari", M3, M1, ARI_MARGIN),
-    Contrast(
-        "E15",
-        "own - shuffled engram, accuracy",
-        (M3, "own.accuracy"),
-        (M3, "shuffled.accuracy"),
-        ACCURACY_MARGIN,
+    *(
+        Contrast(id, name, (arm, "own.accuracy"), (arm, "shuffled.accuracy"), ACCURACY_MARGIN)
+        for id, name, arm in (
+            ("E15", "own - shuffled engram, accuracy", M3),
+            # the positive control: where it moves nothing, E15 cannot tell that nothing is used
+            ("E27", "same-class engram: own - shuffled engram, accuracy", f"{M3}_same_class"),
+        )
     ),
     Contrast(
         "E16", "own - shuffled engram, LM loss", (M3, "own.lm_loss"), (M3, "shuffled.lm_loss"), None

@@ -8,8 +8,8 @@
 
 A table stands between `<!-- table:NAME -->` and `<!-- end -->`, each on a line of its own; a number
 in a sentence between `<!-- v:NAME -->` and `<!-- /v -->`. NAME of a table is KEY-KIND, KEY one of
-KEYS or a subfolder's (`7b/SmolLM2-135M`), KIND one of KINDS or `provenance`; or `all-verdicts`, or
-one of BENCHMARKS.
+KEYS or a subfolder's (`7b/SmolLM2-135M`), KIND one of KINDS or `provenance`; or one of ACROSS or
+of BENCHMARKS.
 NAME of a number is a key of `values` (`--names` lists them).
 """
 

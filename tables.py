@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 
 from arms import MAIN_ARMS
 from schema import KEYS, ReportError, Study
-from values import MISSING, NONE, PLACES, Interval, subject, text_of, title_of
+from values import MISSING, NONE, PLACES, Interval, label_of, subject, text_of, title_of
 
 # the published small study's one compressor belongs to its Model 3, whose protocol this arm repeats
 PUBLISHED_AS = {"published_small": "dual_engram"}
@@ -124,7 +124,16 @@ ANALYSES = {  # kind: columns of the list of that name in `analysis`
         ("adjusted p", "p_adjusted"),
     ),
 }
-VERDICTS = "all-verdicts"  # the one table across results folders
+_CLUSTERED = (  # column, list of `analysis`, path of `flat` in it; cells are ARIs or differences
+    ("Model 3's engram", "controls", "A4/trained/dual_engram/engram"),
+    ("random compressors, middle 95 %", "controls", "A1/random compressor/dual_engram/engram"),
+    ("trained - random (P1)", "contrasts", "P1"),
+    ("its own predictions", "controls", "A0/predictions/dual_engram/logits"),
+    ("engram - predictions (E3)", "contrasts", "E3"),
+    ("with - without next-token loss, excess ARI (P2)", "contrasts", "P2"),
+    ("engram without labels", "controls", "A4/trained/lm_only_engram/engram"),
+    ("random compressors there", "controls", "A1/random compressor/lm_only_engram/engram"),
+)
 _LABELS = {"controls": 4}  # columns that say what a row is; a row without figures is left out
 _OTHERS = ("provenance", *ANALYSES)
 _NAME = re.compile(rf"((?:{'|'.join(KEYS)})(?:/\S+)?)-({'|'.join((*KINDS, *_OTHERS))})")
@@ -137,17 +146,17 @@ def table(name: str, studies: Mapping[str, Study], shown: Mapping[str, str]) -> 
     published columns beside one that says so.
 
     Args:
-        name: KEY-KIND, KEY-provenance or VERDICTS.
+        name: KEY-KIND, KEY-provenance or one of ACROSS.
         shown: what `values` returned for the same studies.
     Raises:
         ReportError: the name means no table.
     """
-    if name == VERDICTS:
-        return _verdicts(studies)
+    if name in ACROSS:
+        return ACROSS[name](studies)
     if not (parts := _NAME.fullmatch(name)):
         kinds = " ".join((*KINDS, *_OTHERS))
-        known = f"{VERDICTS} or KEY-KIND, KEY {' '.join(KEYS)} or KEY/FOLDER, KIND {kinds}"
-        raise ReportError(f"there is no table {name!r}. Expected {known}.")
+        known = f"KEY-KIND, KEY {' '.join(KEYS)} or KEY/FOLDER, KIND {kinds}"
+        raise ReportError(f"there is no table {name!r}. Expected {' or '.join(ACROSS)} or {known}.")
     key, kind = parts.groups()
     results = studies[key].results if key in studies else None
     if kind in _OTHERS and not results:
@@ -177,17 +186,22 @@ def table(name: str, studies: Mapping[str, Study], shown: Mapping[str, str]) -> 
     return f"{caption}\n" + (f"\n{markdown(header, body)}" if body else "")
 
 
-def _verdicts(studies: Mapping[str, Study]) -> str:
-    """Every claim's verdict and interval at every scale where the three models were trained."""
+def _scales(studies: Mapping[str, Study]) -> dict[str, Mapping]:
+    """`analysis` by scale, wherever the three models were trained on a study's own data set."""
     found = {}
     for study in studies.values():
         results = study.results or {"rows": {}}
-        claims = {row["id"]: row for row in results.get("analysis", {}).get("claims", [])}
-        whole = set(MAIN_ARMS) <= results["rows"].keys()
-        if claims and whole and results["dataset"]["own"]:
-            data = results["dataset"]
+        data, whole = results.get("dataset"), set(MAIN_ARMS) <= results["rows"].keys()
+        if whole and data["own"] and results.get("analysis", {}).get("claims"):
             scale = f"{data['name']}, {data['train_rows']:,} texts, {results['backbone']}"
-            found[scale] = claims
+            found[scale] = results["analysis"]
+    return found
+
+
+def _verdicts(studies: Mapping[str, Study]) -> str:
+    """Every claim's verdict and interval at every scale."""
+    scales = _scales(studies).items()
+    found = {scale: {row["id"]: row for row in analysis["claims"]} for scale, analysis in scales}
     if not found:
         return f"{MISSING.capitalize()}.\n"
     titles = {id: row["claim"] for claims in found.values() for id, row in claims.items()}
@@ -209,6 +223,29 @@ def _verdicts(studies: Mapping[str, Study]) -> str:
         "others' are differences, of ARI, AMI, cosine, accuracy, rank or share of a gradient."
     )
     return f"{caption}\n\n{markdown(['claim', *found], rows)}"
+
+
+def _clusters(studies: Mapping[str, Study]) -> str:
+    """What the engram's clusters stand beside, at every scale."""
+    rows = []
+    for scale, analysis in _scales(studies).items():
+        found = {
+            kind: {label_of(row): row for row in analysis.get(kind, [])}
+            for kind in ("controls", "contrasts")
+        }
+        cells = []
+        for _, kind, label in _CLUSTERED:
+            row = found[kind].get(label)
+            cells.append(_cell(row["ari"] if row and kind == "controls" else row, "ari"))
+        rows.append([scale, *cells])
+    if not rows:
+        return f"{MISSING.capitalize()}.\n"
+    caption = f"ARI, and differences of it: mean [95 % interval] (seeds); {NONE}: not measured."
+    header = ["scale", *(title for title, *_ in _CLUSTERED)]
+    return f"{caption}\n\n{markdown(header, rows)}"
+
+
+ACROSS = {"all-verdicts": _verdicts, "all-clusters": _clusters}  # tables across results folders
 
 
 def markdown(header: list[str], rows: Iterable[list[str]]) -> str:

@@ -167,7 +167,7 @@ def flat(value, name: str, text: Callable = text_of) -> Iterator[tuple[str, str]
     where that does not tell all elements apart by its position.
     """
     if isinstance(value, list):
-        parts = dict(zip(map(_label, value), value, strict=True))
+        parts = dict(zip(map(label_of, value), value, strict=True))
         value = parts if len(parts) == len(value) and None not in parts else dict(enumerate(value))
     if isinstance(value, dict) and value.get("mean") is not None and "low" in value:
         low, high, seeds = value["low"], value.get("high"), value.get("n_seeds") or 1
@@ -181,7 +181,8 @@ def flat(value, name: str, text: Callable = text_of) -> Iterator[tuple[str, str]
         yield name, str(value)
 
 
-def _label(element) -> str | None:
+def label_of(element) -> str | None:
+    """What names an element of a list of `analysis`."""
     if not isinstance(element, dict):
         return None
     parts = [element.get(key) for key in ("control", "name", "arm", "representation")]

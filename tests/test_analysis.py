@@ -159,6 +159,10 @@ def test_answers_under_other_engrams_are_resampled_by_item(features):
         answers = (more[f"dual_engram/{seed}/predicted/{m}"] == labels for m in ("own", "shuffled"))
         assert own["mcnemar"][str(seed)]["p"] == mcnemar(*answers).p
     assert "crossed bootstrap" in own["method"]
+    named = {name.replace("dual_engram/", "dual_engram_same_class/"): x for name, x in more.items()}
+    control = analyse(more | named, {"dataset": {"slug": "sst2"}}, settings=QUICK)["contrasts"]
+    [positive] = [row for row in control if row["id"] == "E27"]
+    assert positive["seeds"] == own["seeds"]
     del more["dual_engram/1/predicted/own"]
     row = {"final": {"modes": {m: {"accuracy": 0.7, "lm_loss": 1.0} for m in ("own", "shuffled")}}}
     results = {"rows": {"dual_engram": {"1": row}}, "dataset": {"slug": "sst2"}}

@@ -566,6 +566,31 @@ def test_the_verdicts_of_every_scale_stand_side_by_side(checkout):
     assert rows[1] == "| it gains | - | not decided |"
 
 
+def test_the_clusters_table_sets_each_scale_beside_its_controls(checkout):
+    results = json.loads((checkout / "results" / "results.json").read_text())
+    results["dataset"]["own"] = True
+    ari = {"mean": 0.5, "low": 0.4, "high": 0.6, "n_seeds": 3}
+    engram = {"control": "A4", "name": "trained", "arm": "dual_engram", "representation": "engram"}
+    random = engram | {"control": "A1", "name": "random compressor"}
+    results["analysis"] = {
+        "claims": [{"id": "x"}],
+        "controls": [engram | {"ari": ari}, random | {"ari": ari | {"mean": 0.7, "high": 0.8}}],
+        "contrasts": [{"id": "P1", "estimate": -0.2, "low": -0.3, "high": -0.1, "n_seeds": 3}],
+    }
+    foreign = json.loads(json.dumps(results))
+    foreign["dataset"] |= {"own": False, "name": "my texts"}
+    studies = {
+        name: schema.Study(checkout, each, None)
+        for name, each in {"a": results, "b": foreign}.items()
+    }
+    _, _, header, _, row = tables.table("all-clusters", studies, {}).splitlines()
+    shown = dict(zip(header.split(" | "), row.split(" | "), strict=True))
+    assert shown["Model 3's engram"] == "0.500 [0.400, 0.600] (3 seeds)"
+    assert shown["random compressors, middle 95 %"] == "0.700 [0.400, 0.800] (3 seeds)"
+    assert shown["trained - random (P1)"] == "-0.200 [-0.300, -0.100] (3 seeds)"
+    assert shown["engram - predictions (E3)"] == "-"
+
+
 def test_the_verdicts_table_says_how_often_they_came_out_as_planted(tmp_path):
     size = {"seeds": 5, "items": 400, "band_draws": 20, "resamples": 1000}
     run = {
