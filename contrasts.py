@@ -60,6 +60,11 @@ def _beside(id: str, name: str, arm: str, first: str, second: str, **more) -> Co
     return Contrast(id, name, (arm, first), (arm, second), ARI_MARGIN, **more)
 
 
+def _used(id: str, name: str, arm: str, quantity: str, margin: float | None) -> Contrast:
+    """A9: does exchanging the engram at evaluation change this?"""
+    return Contrast(id, name, (arm, f"own.{quantity}"), (arm, f"shuffled.{quantity}"), margin)
+
+
 GAINS = {"P3": "sst2", "P4": "ag-news"}  # the dual gain at tuned rates, by its data set's slug
 _RANK = {"quantity": "pooled.effective_rank", "margin": RANK_MARGIN, "relative": True}
 _ACCURACY = {"quantity": "accuracy", "margin": ACCURACY_MARGIN}
@@ -94,16 +99,16 @@ CONTRASTS = (
     _same("E12", "Model 3 - Model 1", "intermediate.excess_ari", M3, M1, ARI_MARGIN),
     _same("E13", "Model 2 - Model 1", "pooled.excess_ari", M2, M1, ARI_MARGIN),
     _same("E14", "Model 3 - Model 1", "pooled.excess_ari", M3, M1, ARI_MARGIN),
+    _used("E15", "own - shuffled engram, accuracy", M3, "accuracy", ACCURACY_MARGIN),
+    _used("E16", "own - shuffled engram, LM loss", M3, "lm_loss", None),
+    # positive controls: where they move nothing, E15 and E16 cannot tell that nothing is used
     *(
-        Contrast(id, name, (arm, "own.accuracy"), (arm, "shuffled.accuracy"), ACCURACY_MARGIN)
-        for id, name, arm in (
-            ("E15", "own - shuffled engram, accuracy", M3),
-            # the positive control: where it moves nothing, E15 cannot tell that nothing is used
-            ("E27", "same-class engram: own - shuffled engram, accuracy", f"{M3}_same_class"),
+        _used(id, f"{fed}: own - shuffled engram, {what}", f"{M3}_{arm}", quantity, margin)
+        for id, fed, arm, what, quantity, margin in (
+            ("E27", "same-class engram", "same_class", "accuracy", "accuracy", ACCURACY_MARGIN),
+            ("E28", "same-class engram", "same_class", "LM loss", "lm_loss", None),
+            ("E29", "own engram fed back", "self", "LM loss", "lm_loss", None),
         )
-    ),
-    Contrast(
-        "E16", "own - shuffled engram, LM loss", (M3, "own.lm_loss"), (M3, "shuffled.lm_loss"), None
     ),
     # what is fed back, and what each objective says (E17 is against the published figure)
     *(

@@ -163,6 +163,11 @@ def test_answers_under_other_engrams_are_resampled_by_item(features):
     control = analyse(more | named, {"dataset": {"slug": "sst2"}}, settings=QUICK)["contrasts"]
     [positive] = [row for row in control if row["id"] == "E27"]
     assert positive["seeds"] == own["seeds"]
+    losses = {m: {"lm_loss": x} for m, x in (("own", 3.0), ("shuffled", 3.25))}
+    fed = {f"dual_engram_{x}": {"0": {"final": {"modes": losses}}} for x in ("same_class", "self")}
+    control = analyse(features, {"rows": fed}, settings=QUICK)["contrasts"]
+    by_loss = {row["id"]: row["seeds"] for row in control if row["id"] in ("E16", "E28", "E29")}
+    assert by_loss == {"E16": {}, "E28": {"0": -0.25}, "E29": {"0": -0.25}}
     del more["dual_engram/1/predicted/own"]
     row = {"final": {"modes": {m: {"accuracy": 0.7, "lm_loss": 1.0} for m in ("own", "shuffled")}}}
     results = {"rows": {"dual_engram": {"1": row}}, "dataset": {"slug": "sst2"}}
