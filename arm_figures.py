@@ -52,12 +52,13 @@ def arms(results: Mapping) -> Figure:
     names = in_order(results["rows"])
     figure = Figure(figsize=(11, 2.6 + 0.36 * len(names)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    bands = trained = 0
+    accuracies, bands, trained = [], 0, 0
     for y, arm in enumerate(names):
         finals = [run["final"] for run in results["rows"][arm].values()]
         accuracy = interval([final["accuracy"] for final in finals])
         predicted = interval([final["predictions_ari"] for final in finals])
         _bar(left, accuracy.mean, accuracy.low, accuracy.high, y, PLAIN, 5)
+        accuracies.append(accuracy)
         right.plot(predicted.mean, y, "|", color=PREDICTED, ms=13, mew=2)
         if band := _score(results, arm, _RANDOM):
             bands += 1
@@ -65,9 +66,21 @@ def arms(results: Mapping) -> Figure:
         if score := _score(results, arm, _TRAINED) or _score(results, arm, _UNTRAINED):
             trained += 1
             _bar(right, score["mean"], score.get("low"), score.get("high"), y, TRAINED, 7)
-    # a classifier that was never trained has an interval from wall to wall
-    means = [line.get_xdata()[0] for line in left.lines if len(line.get_xdata()) == 1]
-    left.set_xlim(max(0.0, min(means) - 0.05), min(1.0, max(means) + 0.1))
+    # a classifier that was never trained has an interval from wall to wall: cut, with an arrow
+    means = [found.mean for found in accuracies]
+    low, high = max(0.0, min(means) - 0.05), min(1.0, max(means) + 0.1)
+    cut = [
+        (edge, y, mark)
+        for y, found in enumerate(accuracies)
+        for edge, mark, beyond in (
+            (low, "<", found.low is not None and found.low < low),
+            (high, ">", found.high is not None and found.high > high),
+        )
+        if beyond
+    ]
+    for edge, y, mark in cut:
+        left.plot(edge, y, mark, color=PLAIN, ms=7, clip_on=False)
+    left.set_xlim(low, high)
     counts = [len(results["rows"][arm]) for arm in names]
     labels = [f"{title_of(a)} ({count_of_seeds(n)})" for a, n in zip(names, counts, strict=True)]
     left.set_yticks(range(len(names)), labels)
@@ -93,7 +106,8 @@ def arms(results: Mapping) -> Figure:
         figure,
         "Every condition: accuracy, and what k-means finds",
         subject(results),
-        "lines: 95 % intervals, over seeds (accuracy), over seeds and items (engram)",
+        "lines: 95 % intervals, over seeds (accuracy), over seeds and items (engram)"
+        + ("; arrow: cut at the axis" if cut else ""),
     )
     return figure
 

@@ -362,6 +362,25 @@ def test_legends_fit_and_name_what_is_drawn(tmp_path, arms):
             assert (text in said) == ("dual_engram" in arms)
 
 
+def test_an_accuracy_interval_cut_at_the_axis_ends_in_an_arrow(tmp_path):
+    results = write_study(tmp_path / "results")
+    for runs in results["rows"].values():
+        for run, accuracy in zip(runs.values(), (0.8, 0.801, 0.802), strict=True):
+            run["final"]["accuracy"] = accuracy
+
+    def arrows():
+        axes = arm_figures.arms(results).axes[0]
+        ends = dict(zip(("<", ">"), axes.get_xlim(), strict=True))
+        shown = [line for line in axes.lines if line.get_marker() in ends]
+        assert all(line.get_xdata()[0] == ends[line.get_marker()] for line in shown)
+        return {(line.get_marker(), line.get_ydata()[0]) for line in shown}
+
+    assert arrows() == set()
+    results["rows"]["dual"]["0"]["final"]["accuracy"] = 0.1
+    row = values.in_order(results["rows"]).index("dual")
+    assert arrows() == {("<", row), (">", row)}
+
+
 def test_more_arms_get_their_figures_in_both_formats(checkout):
     path = checkout / "results" / "results.json"
     results = with_more_arms(json.loads(path.read_text()))
