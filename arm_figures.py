@@ -72,11 +72,8 @@ def arms(results: Mapping) -> Figure:
     cut = [
         (edge, y, mark)
         for y, found in enumerate(accuracies)
-        for edge, mark, beyond in (
-            (low, "<", found.low is not None and found.low < low),
-            (high, ">", found.high is not None and found.high > high),
-        )
-        if beyond
+        for edge, mark, end in ((low, "<", found.low), (high, ">", found.high))
+        if end is not None and not low <= end <= high
     ]
     for edge, y, mark in cut:
         left.plot(edge, y, mark, color=PLAIN, ms=7, clip_on=False)
